@@ -1,0 +1,358 @@
+"""The command line: options in, exit code out; no logic."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from onnxprune import onnx_io, pipeline, report
+from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
+from onnxprune.passes.score import NAMES
+from onnxprune.passes.select import PRESETS
+from onnxprune.report import Report, text
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+class DefaultPrune(click.Group):
+    """A group whose default command is ``prune``: ``onnxprune in.onnx out.onnx --target-mac 0.6``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Insert ``prune`` before arguments that name no command."""
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            args = ["prune", *args]
+        return super().parse_args(ctx, args)
+
+
+class Amount(click.ParamType):
+    """A share (at most 1) or an absolute amount with K, M, G or T."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse ``0.6``, ``300M`` or ``4MB``."""
+        if isinstance(value, int | float):
+            value = str(value)
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?\d+)?)\s*([KMGT]?)i?B?\s*", str(value), re.IGNORECASE)
+        if not found:
+            self.fail(f"{value!r} is neither a share like 0.6 nor an amount like 300M", param, ctx)
+        amount = float(found[1]) * _UNITS[found[2].upper()]
+        if not 0 < amount < float("inf"):
+            self.fail(f"{value!r} must be above 0", param, ctx)
+        return amount
+
+
+class InputShape(click.ParamType):
+    """``NAME:1,3,224,224``."""
+
+    name = "name:sizes"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, tuple[int, ...]]:
+        """Parse a name and its sizes."""
+        if isinstance(value, tuple):
+            return value
+        name, _, sizes = str(value).rpartition(":")
+        try:
+            shape = tuple(int(size) for size in re.split(r"[,x]", sizes))
+        except ValueError:
+            shape = ()
+        if not name or not shape or min(shape) < 1:
+            self.fail(f"{value!r} does not read NAME:1,3,224,224", param, ctx)
+        return name, shape
+
+
+def _model_options(command: Callable) -> Callable:
+    for option in reversed(
+        (
+            click.option("--input-shape", "input_shapes", type=InputShape(), multiple=True, help="NAME:1,3,224,224."),
+            click.option("--provider", default="", help="onnxruntime execution provider."),
+            click.option("--seed", default=0, show_default=True, help="Seed of everything random."),
+            click.option("--json", "json_path", type=click.Path(), help="Write the report as JSON (- for stdout)."),
+            click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+            click.option("-v", "--verbose", is_flag=True, help="Print every layer, and tracebacks."),
+            click.option("--config", type=click.Path(), callback=_read_config, is_eager=True, expose_value=False,
+                         help="Read options from a TOML file."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> None:
+    """Use the table named like the command (or the top level) of a TOML file as defaults."""
+    if path is None:
+        return
+    try:
+        data = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not valid TOML ({error})") from error
+    table = {**{k: v for k, v in data.items() if not isinstance(v, dict)}, **data.get(ctx.info_name or "", {})}
+    known = {name.lstrip("-"): option.name for option in ctx.command.params for name in option.opts}
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        raise UsageError(f"{path}: unknown option {unknown[0]}")
+    ctx.default_map = {**(ctx.default_map or {}), **{known[key]: value for key, value in table.items()}}
+
+
+def _select_options(command: Callable) -> Callable:
+    for option in reversed(
+        (
+            click.option("--preset", type=click.Choice(list(PRESETS)), default="d", show_default=True,
+                         help="How thresholds adapt per group."),
+            click.option("--criterion", type=click.Choice(NAMES), default="l2", show_default=True,
+                         help="What makes a channel important."),
+            click.option("--align", type=click.IntRange(1), default=1, help="Kept channels are a multiple of N."),
+            click.option("--min-channels", type=click.IntRange(1), default=1, help="Least number of channels per group."),
+            click.option("--max-prune", type=click.FloatRange(0, 1), default=1.0, help="Largest share to remove per group."),
+            click.option("--ignore", multiple=True, help="Leave nodes, tensors or groups alone (glob, repeatable)."),
+            click.option("--only", multiple=True, help="Prune nothing but these (glob, repeatable)."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _target_options(command: Callable) -> Callable:
+    for kind, what in (("size", "file size"), ("bandwidth", "bandwidth"), ("params", "parameters"), ("mac", "MAC")):
+        text_ = f"Share of {what} to keep (at most 1), or an absolute amount (K, M, G, T)."
+        command = click.option(f"--target-{kind}", type=Amount(), help=text_)(command)
+    return command
+
+
+@click.group(cls=DefaultPrune, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="onnxprune")
+def commands() -> None:
+    """Remove channels from an ONNX graph until it meets a budget, and prove that nothing broke.
+
+    \b
+    Example:  onnxprune in.onnx out.onnx --target-mac 0.6
+    """
+
+
+@commands.command()
+@click.argument("model", metavar="IN.onnx")
+@click.argument("out", metavar="OUT.onnx")
+@_target_options
+@_select_options
+@click.option("--data", help="Evaluation data; shows the quality before and after.")
+@click.option("--metric", help="Quality metric for --data: psnr, ssim, top1, cosine, mse.")
+@click.option("--max-drop", type=float, help="Refuse a result whose metric falls by more than this.")
+@click.option("--min-quality", type=float, help="Refuse a result whose metric is below this.")
+@click.option("--keep-going", is_flag=True, help="Write the model although the quality guard failed (exit code 6).")
+@click.option("--plan-out", type=click.Path(), help="Write the plan as JSON.")
+@click.option("--proof/--no-proof", default=True, help="Prove the result (default), or skip that.")
+@click.option(
+    "--latency/--no-latency", default=True, help="Measure both models in onnxruntime (default), or skip that."
+)
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+@_model_options
+def prune(model: str, out: str, **given: Any) -> None:
+    """Prune IN.onnx until it meets a target, prove it, write OUT.onnx.
+
+    \b
+    Example:  onnxprune in.onnx out.onnx --target-mac 0.6 --preset d
+    """
+    with _run(given) as (console, options):
+        if not options.targets:
+            raise UsageError("no target; give one, for example --target-mac 0.6")
+        pipeline.check_output(model, pathlib.Path(out), force=given["force"])
+        with _progress(given) as progress:
+            result = pipeline.prune(model, options, progress)
+        quality = pipeline.compare_quality(
+            model, result.model, given["data"], given["metric"], provider=options.provider
+        )
+        failed = pipeline.guard(quality, given["max_drop"], given["min_quality"])
+        if failed and not given["keep_going"]:
+            raise QualityError(f"{failed}; nothing was written (--keep-going writes it all the same)")
+        done = replace(pipeline.write(result, model, out, force=given["force"]), quality=quality)
+        plan = result.plan
+        del result
+        if given["plan_out"]:
+            onnx_io.write(given["plan_out"], json.dumps(plan.to_json(), indent=1).encode())
+        if given["latency"]:
+            done = replace(done, latency_ms=pipeline.latency(model, out, done.input_shapes, options.provider))
+        _finish(console, done, given, text.summary)
+        if failed:
+            raise QualityError(f"{failed}; {out} was written because of --keep-going")
+
+
+@commands.command()
+@click.argument("model")
+@_select_options
+@_model_options
+def inspect(model: str, **given: Any) -> None:
+    """Show cost per layer, groups of channels, what is frozen and why, and the reachable floor.
+
+    \b
+    Example:  onnxprune inspect model.onnx
+    """
+    with _run(given) as (console, options):
+        _finish(console, pipeline.inspect(model, options), given, text.inspection)
+
+
+@commands.command()
+@click.argument("model", metavar="IN")
+@click.argument("out", metavar="OUT")
+@click.option("--plan", required=True, type=click.Path(), help="Plan written by prune --plan-out.")
+@click.option("--proof/--no-proof", default=True, help="Prove the result (default), or skip that.")
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+@_model_options
+def apply(model: str, out: str, plan: str, **given: Any) -> None:
+    """Replay a plan, on the same model or on a sibling with the same tensor names.
+
+    \b
+    Example:  onnxprune apply finetuned.onnx pruned.onnx --plan plan.json
+    """
+    with _run(given) as (console, options):
+        pipeline.check_output(model, pathlib.Path(out), force=given["force"])
+        with _progress(given) as progress:
+            result = pipeline.apply(model, plan, options, progress)
+        _finish(console, pipeline.write(result, model, out, force=given["force"]), given, text.summary)
+
+
+@commands.command()
+@click.argument("original")
+@click.argument("pruned")
+@click.option("--plan", required=True, type=click.Path(), help="Plan that made PRUNED of ORIGINAL.")
+@_model_options
+def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
+    """Prove a pruned model again from files alone; weight values may differ.
+
+    \b
+    Example:  onnxprune verify original.onnx trained.onnx --plan plan.json
+    """
+    with _run(given) as (console, options):
+        with _progress(given) as progress:
+            done = pipeline.verify(original, pruned, plan, options, progress)
+        _finish(console, done, given, text.summary)
+
+
+@commands.command()
+@click.argument("model")
+@click.option("--data", required=True, help="Evaluation data: .npz, a folder, an ONNX test_data_set.")
+@click.option("--metric", required=True, help="psnr, ssim, top1, cosine or mse.")
+@click.option("--reference", type=click.Path(), help="Model to compare with, where the data has no targets.")
+@click.option(
+    "--output", type=click.Choice(["direct", "residual"]), default="direct", help="What the network predicts."
+)
+@click.option("--clip", is_flag=True, help="Clip images to their range before comparing.")
+@_model_options
+def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
+    """Measure the quality of a model on a data set.
+
+    \b
+    Example:  onnxprune evaluate model.onnx --data eval.npz --metric psnr
+    """
+    with _run(given) as (console, options):
+        with _progress(given) as progress:
+            quality = pipeline.evaluate(
+                model, data, metric, reference=given["reference"], output=given["output"], clip=given["clip"],
+                provider=options.provider, progress=progress,
+            )  # fmt: skip
+        content = {
+            "schema": 1,
+            "quality": {"metric": quality.metric, "value": quality.value, "samples": quality.samples},
+        }
+        _write_json(given["json_path"], content)
+        if not given["quiet"] and given["json_path"] != "-":
+            console.print(f"{quality.metric} {quality.value:.6g} over {quality.samples} samples", highlight=False)
+
+
+@contextmanager
+def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, pipeline.Options]]:
+    """Build options, and turn errors into an exit code, a message and an ``error`` object in the JSON report."""
+    try:
+        yield Console(stderr=given["json_path"] == "-", soft_wrap=False), _options(given)
+    except OnnxPruneError as error:
+        _fail(error, given, str(error))
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo("onnxprune: interrupted; nothing was written", err=True)
+        sys.exit(130)
+    except click.ClickException:
+        raise
+    except Exception as error:
+        detail = (
+            f"internal error: {type(error).__name__}: {error}\nThis is a bug; please report it with the output of -v."
+        )
+        _fail(error, given, detail)
+
+
+def _fail(error: Exception, given: Mapping[str, Any], message: str) -> None:
+    if given["verbose"]:
+        traceback.print_exception(error, file=sys.stderr)
+    click.echo(f"onnxprune: {message}", err=True)
+    try:
+        _write_json(given["json_path"], report.error_json(error))
+    except OnnxPruneError as second:
+        click.echo(f"onnxprune: {second}", err=True)
+    sys.exit(error.exit_code if isinstance(error, OnnxPruneError) else 1)
+
+
+def _options(given: Mapping[str, Any]) -> pipeline.Options:
+    kinds = ("mac", "params", "bandwidth", "size")
+    targets = {kind: given[f"target_{kind}"] for kind in kinds if given.get(f"target_{kind}") is not None}
+    names = pipeline.Options.__dataclass_fields__
+    chosen = {name: value for name, value in given.items() if name in names and name != "input_shapes"}
+    return pipeline.Options(targets=targets, input_shapes=dict(given["input_shapes"]), **chosen)
+
+
+@contextmanager
+def _progress(given: Mapping[str, Any]) -> Iterator[pipeline.Progress]:
+    """Show a progress bar on a terminal, and nothing in a pipe."""
+    console = Console(stderr=True)
+    if given["quiet"] or not console.is_terminal:
+        yield pipeline.silent
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def _finish(console: Console, done: Report, given: Mapping[str, Any], show: Callable[..., None]) -> None:
+    _write_json(given["json_path"], done.to_json())
+    if not given["quiet"]:
+        show(console, done, verbose=given["verbose"])
+
+
+def _write_json(path: str | None, content: Mapping[str, Any]) -> None:
+    if path == "-":
+        click.echo(json.dumps(content, indent=1))
+    elif path:
+        onnx_io.write(path, json.dumps(content, indent=1).encode())
+
+
+def main() -> None:
+    """Run the command line; errors in options found before a command starts keep their exit code."""
+    try:
+        commands(standalone_mode=True)
+    except OnnxPruneError as error:
+        click.echo(f"onnxprune: {error}", err=True)
+        sys.exit(error.exit_code)

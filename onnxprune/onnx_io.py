@@ -1,0 +1,502 @@
+"""Load and save ONNX files, and read a model into the graph that onnxprune reasons about."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import numpy_helper, shape_inference
+
+from onnxprune import runtime
+from onnxprune.errors import FileError, ModelError, UsageError
+from onnxprune.model import Constant, Model, Node, Shape
+from onnxprune.protos import constant_tensor
+
+SMALL = 4096  # elements: integer constants up to this size stay readable to shape inference and shape arithmetic
+TRIED_SIZES = (64, 32, 16, 128, 224, 256, 8)  # for dynamic axes nobody gave a size for
+_INTEGERS = (2, 3, 4, 5, 6, 7, 9, 12, 13)  # TensorProto data types: integers and bool
+# fmt: off
+_NEVER_STATIC = frozenset((
+    "If", "Loop", "Scan", "SequenceMap", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike",
+    "Bernoulli", "Multinomial", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear",
+))
+# fmt: on
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike) -> onnx.ModelProto:
+    """Read a model file with its external data.
+
+    Raises
+    ------
+    FileError
+        The file is missing or cannot be read.
+    ModelError
+        It is not an ONNX model, or its external data is missing.
+    """
+    path = pathlib.Path(path)
+    require_file(path)
+    data = path.read_bytes()
+    if not data:
+        raise ModelError(f"{path}: the file is empty")
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except Exception as error:  # protobuf's DecodeError differs between its implementations
+        raise ModelError(f"{path}: not an ONNX model, or cut short; export it again") from error
+    del data
+    if not model.graph.node and not model.graph.output:
+        raise ModelError(f"{path}: not an ONNX model (no graph in it)")
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise ModelError(f"{path}: its external data cannot be read ({str(error).splitlines()[0]})") from error
+    return model
+
+
+def require_file(path: pathlib.Path) -> None:
+    """Raise :class:`FileError` where ``path`` is not a file that can be read."""
+    try:
+        with path.open("rb"):
+            pass
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise FileError(f"{path}: is a folder, not a model file") from error
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hex digest of a file's bytes."""
+    with pathlib.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
+    """Write a model through a temporary file beside it: the file is whole or absent.
+
+    Raises
+    ------
+    FileError
+        The folder or the file cannot be written, or the disk is full.
+    """
+    write(path, model.SerializeToString(deterministic=True))
+
+
+def write(path: str | os.PathLike, data: bytes) -> None:
+    """Write bytes to ``path`` through a temporary file and a rename."""
+    path = pathlib.Path(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        mask = os.umask(0)
+        os.umask(mask)
+        pathlib.Path(temporary).chmod(0o666 & ~mask)
+        pathlib.Path(temporary).replace(path)
+        temporary = None
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror}); nothing was kept") from error
+    finally:
+        if temporary is not None:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+def copy(source: pathlib.Path, out: pathlib.Path, *, force: bool = False) -> None:
+    """Copy a model file byte for byte, with its external data where that lies in another folder than ``out``."""
+    skeleton = onnx.load(source, load_external_data=False)
+    locations = {
+        entry.value
+        for tensor in skeleton.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for location in sorted(locations):
+        data, twin = source.parent / location, out.parent / location
+        if twin.exists() and twin.samefile(data):
+            continue
+        if twin.exists() and not force:
+            raise UsageError(f"{twin}: exists; the model's external data would overwrite it (--force allows it)")
+        twin.parent.mkdir(parents=True, exist_ok=True)
+        write(twin, data.read_bytes())
+    write(out, source.read_bytes())
+
+
+def compare(expected: onnx.ModelProto, given: onnx.ModelProto) -> tuple[tuple[str, ...], bool]:
+    """Compare two models in everything but the values of floating-point initializers.
+
+    Returns the differences in words, and whether those values are equal too.
+    """
+    differences: list[str] = []
+    exact = True
+    want = {tensor.name: tensor for tensor in _all_tensors(expected.graph)}
+    have = {tensor.name: tensor for tensor in _all_tensors(given.graph)}
+    differences += [f"initializer {name} is missing" for name in want.keys() - have.keys()]
+    differences += [f"initializer {name} was added" for name in have.keys() - want.keys()]
+    for name in want.keys() & have.keys():
+        a, b = want[name], have[name]
+        if tuple(a.dims) != tuple(b.dims) or a.data_type != b.data_type:
+            differences.append(f"{name} has shape {list(b.dims)}, expected {list(a.dims)}")
+        elif not np.array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b)):
+            exact = False
+            if a.data_type in _INTEGERS:
+                differences.append(f"{name} holds other integers")
+    nodes = [[_without_values(node) for node in model.graph.node] for model in (expected, given)]
+    if nodes[0] != nodes[1]:
+        pairs = zip(nodes[0], nodes[1], strict=False)
+        first = next((a.name or a.output[0] for a, b in pairs if a != b), "their number")
+        differences.append(f"nodes differ ({first})")
+    for part in ("input", "output"):
+        if list(getattr(expected.graph, part)) != list(getattr(given.graph, part)):
+            differences.append(f"the graph's {part}s differ")
+    if list(expected.opset_import) != list(given.opset_import):
+        differences.append("opset imports differ")
+    return tuple(differences), exact and not differences
+
+
+def _all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Initializers, and Constant nodes' tensors under their output's name."""
+    yield from graph.initializer
+    for node in graph.node:
+        tensor = constant_tensor(node) if node.op_type == "Constant" else None
+        if tensor is not None:
+            named = onnx.TensorProto()
+            named.CopyFrom(tensor)
+            named.name = node.output[0]
+            yield named
+
+
+def _without_values(node: onnx.NodeProto) -> onnx.NodeProto:
+    if node.op_type != "Constant" or constant_tensor(node) is None:
+        return node
+    bare = onnx.NodeProto()
+    bare.CopyFrom(node)
+    del bare.attribute[:]
+    return bare
+
+
+# -- reading a model into a graph ------------------------------------------------------------------------------------
+
+
+def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Model:
+    """Parse a model with onnx-graphsurgeon, and find every tensor's static shape.
+
+    Parameters
+    ----------
+    input_shapes
+        Sizes for inputs with dynamic axes; others get batch 1 and a size that runs, which the result's notes state.
+
+    Raises
+    ------
+    ModelError
+        The graph is invalid or cannot run.
+    UsageError
+        ``input_shapes`` names an unknown input or contradicts the model.
+    """
+    _check_opset(model)
+    constants = _constants(model)
+    declared = _declared_inputs(model, constants)
+    shapes, notes = _input_shapes(model, declared, input_shapes or {})
+    skeleton = _skeleton(model, constants, shapes)
+    known, types = _infer_shapes(skeleton)
+    nodes = _nodes(skeleton)
+    aliases = _aliases(nodes, constants)
+    known.update({name: constant.shape for name, constant in constants.items()})
+    known.update({name: constants[root].shape for name, root in aliases.items()})
+    arithmetic, static = _complete(model, skeleton, nodes, constants, aliases, shapes, known, types)
+    return Model(
+        nodes=tuple(nodes),
+        constants=constants,
+        aliases=aliases,
+        input_shapes=shapes,
+        outputs=tuple(output.name for output in model.graph.output),
+        shapes=known,
+        opset=next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")),
+        types=types,
+        static=frozenset(static),
+        arithmetic=arithmetic,
+        declared=declared,
+        notes=tuple(notes),
+        n_nodes=len(model.graph.node),
+    )
+
+
+def _check_opset(model: onnx.ModelProto) -> None:
+    versions = [opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
+    if not versions:
+        raise ModelError("the model imports no standard operator set")
+    if versions[0] < 7:
+        raise ModelError(
+            f"opset {versions[0]} is too old; convert the model to opset 7 or newer (onnx.version_converter)"
+        )
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, Constant]:
+    found = {tensor.name: _constant(tensor.name, tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            tensor = constant_tensor(node)
+            if tensor is not None:
+                found[node.output[0]] = _constant(node.output[0], tensor)
+    return found
+
+
+def _constant(name: str, tensor: onnx.TensorProto) -> Constant:
+    dtype = tensor.data_type
+    try:
+        itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype)).itemsize
+    except KeyError as error:
+        raise ModelError(f"{name}: unknown data type {dtype}") from error
+    floating = dtype not in _INTEGERS and dtype != onnx.TensorProto.STRING
+    return Constant(name, tuple(tensor.dims), itemsize, floating, lambda: numpy_helper.to_array(tensor))
+
+
+def _tensor(constant: Constant, name: str) -> onnx.TensorProto:
+    return numpy_helper.from_array(constant.load(), name)
+
+
+def _declared_inputs(model: onnx.ModelProto, constants: Mapping[str, Constant]) -> dict[str, tuple]:
+    declared = {}
+    for value in model.graph.input:
+        if value.name in constants:
+            continue  # IR 3 lists initializers among the inputs
+        if not value.type.HasField("tensor_type"):
+            raise ModelError(f"input {value.name} is not a tensor; onnxprune reads tensors only")
+        dims = value.type.tensor_type.shape.dim
+        declared[value.name] = tuple(
+            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in dims
+        )
+    return declared
+
+
+def _input_shapes(
+    model: onnx.ModelProto, declared: Mapping[str, tuple], given: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Shape], list[str]]:
+    for name, shape in given.items():
+        if name not in declared:
+            raise UsageError(f"--input-shape {name}: no such input; inputs are {', '.join(declared)}")
+        fits = len(shape) == len(declared[name]) and all(
+            size > 0 and (not isinstance(want, int) or want <= 0 or want == size)
+            for size, want in zip(shape, declared[name], strict=True)
+        )
+        if not fits:
+            raise UsageError(f"--input-shape {name}: {list(shape)} does not fit the declared {list(declared[name])}")
+    fixed = {name: tuple(map(int, shape)) for name, shape in given.items()}
+    open_axes = {
+        (name, axis)
+        for name, dims in declared.items()
+        for axis, dim in enumerate(dims)
+        if name not in fixed and (not isinstance(dim, int) or dim <= 0)
+    }
+    sized = {(name, axis) for name, axis in open_axes if axis != 0 or len(declared[name]) == 1}
+    for size in TRIED_SIZES if sized else (1,):
+        shapes = dict(fixed)
+        for name, dims in declared.items():
+            if name not in fixed:
+                shapes[name] = tuple(
+                    (size if (name, axis) in sized else 1) if (name, axis) in open_axes else dim
+                    for axis, dim in enumerate(dims)
+                )
+        if not sized or _runs(model, shapes):
+            text = "; ".join(f"{n} taken as {list(s)}" for n, s in shapes.items() if any(k == n for k, _ in open_axes))
+            return shapes, [f"dynamic input {text} (--input-shape changes it)"] if text else []
+    names = ", ".join(f"{name} {list(declared[name])}" for name in sorted({name for name, _ in sized}))
+    raise ModelError(f"no size was found that runs for the dynamic input {names}; give one with --input-shape")
+
+
+def _runs(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> bool:
+    try:
+        session = runtime.Session(model.SerializeToString())
+        session.run(runtime.random_feeds(session.inputs, shapes))
+    except ModelError:
+        return False
+    return True
+
+
+def _skeleton(
+    model: onnx.ModelProto, constants: Mapping[str, Constant], shapes: Mapping[str, Shape]
+) -> onnx.ModelProto:
+    """The model without its weights: large constants become inputs, so that inference and parsing cost nothing."""
+    skeleton = onnx.ModelProto(ir_version=max(model.ir_version, 4))
+    skeleton.opset_import.extend(model.opset_import)
+    skeleton.functions.extend(model.functions)
+    graph = skeleton.graph
+    graph.name = model.graph.name or "graph"
+    graph.node.extend(n for n in model.graph.node if n.op_type != "Constant" or n.output[0] not in constants)
+    graph.value_info.extend([])
+    for value in model.graph.output:
+        graph.output.add().name = value.name
+        if value.type.HasField("tensor_type"):
+            graph.output[-1].type.tensor_type.elem_type = value.type.tensor_type.elem_type
+        else:
+            graph.output[-1].CopyFrom(value)
+    for value in model.graph.input:
+        if value.name in shapes:
+            kind = value.type.tensor_type.elem_type
+            graph.input.append(onnx.helper.make_tensor_value_info(value.name, kind, shapes[value.name]))
+    data_types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        tensor = constant_tensor(node) if node.op_type == "Constant" else None
+        if tensor is not None:
+            data_types[node.output[0]] = tensor.data_type
+    for name, constant in constants.items():
+        if constant.size <= 8 or (not constant.floating and constant.size <= SMALL):
+            graph.initializer.append(_tensor(constant, name))
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(name, data_types[name], constant.shape))
+    return skeleton
+
+
+def _infer_shapes(skeleton: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int]]:
+    try:
+        inferred = shape_inference.infer_shapes(skeleton, data_prop=True)
+    except Exception:  # a checker error here is judged later, by running the model
+        inferred = skeleton
+    shapes, types = {}, {}
+    for value in (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input):
+        types[value.name] = value.type.tensor_type.elem_type
+        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            if all(dim.HasField("dim_value") for dim in dims):
+                shapes[value.name] = tuple(dim.dim_value for dim in dims)
+    return shapes, types
+
+
+def _nodes(skeleton: onnx.ModelProto) -> list[Node]:
+    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
+    try:
+        graph = gs.import_onnx(skeleton)
+        graph.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False, recurse_functions=False).toposort(
+            recurse_subgraphs=False, recurse_functions=False
+        )
+    except Exception as error:
+        raise ModelError(f"the graph is invalid: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    return [
+        Node(
+            name=node.name,
+            op=node.op,
+            domain="" if node.domain in (None, "ai.onnx") else node.domain,
+            inputs=tuple(tensor.name for tensor in node.inputs),
+            outputs=tuple(tensor.name for tensor in node.outputs),
+            attributes=node.attrs,
+            captured=tuple(_captured(node)),
+        )
+        for node in graph.nodes
+    ]
+
+
+def _captured(node: gs.Node) -> Iterator[str]:
+    """Names that the node's bodies read from outside."""
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            own = {tensor.name for inner in value.nodes for tensor in inner.outputs} | {i.name for i in value.inputs}
+            for inner in value.nodes:
+                yield from (t.name for t in inner.inputs if t.name and t.name not in own)
+                yield from (name for name in _captured(inner) if name not in own)
+            yield from (tensor.name for tensor in value.outputs if tensor.name not in own)
+
+
+def _aliases(nodes: Sequence[Node], constants: Mapping[str, Constant]) -> dict[str, str]:
+    aliases: dict[str, str] = {}
+    for node in nodes:
+        if node.op == "Identity" and not node.domain:
+            root = aliases.get(node.inputs[0], node.inputs[0])
+            if root in constants:
+                aliases[node.outputs[0]] = root
+    return aliases
+
+
+def _static_nodes(
+    nodes: Sequence[Node], constants: Mapping[str, Constant], aliases: Mapping[str, str], shapes: Mapping[str, Shape]
+) -> list[Node]:
+    """Nodes whose outputs follow from shapes and small constants: shape arithmetic."""
+
+    def is_static(name: str) -> bool:
+        constant = constants.get(aliases.get(name, name))
+        if constant is None:
+            return name in found
+        return constant.size <= 1 or (not constant.floating and constant.size <= SMALL)
+
+    found: set[str] = set()
+    static = []
+    for node in nodes:
+        if node.outputs[0] in aliases or node.domain or node.op in _NEVER_STATIC:
+            continue
+        if node.op in ("Shape", "Size"):
+            follows = node.inputs[0] in shapes
+        elif node.op == "ConstantOfShape" and _is_float_fill(node):
+            follows = False
+        else:
+            follows = bool(node.inputs) and all(is_static(name) for name in node.inputs if name)
+        sizes = [math.prod(shapes[name]) for name in node.outputs if name in shapes]
+        if follows and max(sizes, default=0) <= SMALL:
+            static.append(node)
+            found.update(name for name in node.outputs if name)
+    return static
+
+
+def _is_float_fill(node: Node) -> bool:
+    value = node.attributes.get("value")
+    return value is None or np.issubdtype(value.dtype, np.floating)
+
+
+def _complete(
+    model: onnx.ModelProto, skeleton: onnx.ModelProto, nodes: Sequence[Node], constants: Mapping[str, Constant],
+    aliases: Mapping[str, str], shapes: Mapping[str, Shape], known: dict[str, Shape], types: dict[str, int],
+) -> tuple[runtime.Arithmetic | None, set[str]]:  # fmt: skip
+    """Find the shapes that inference could not, and the graph's shape arithmetic.
+
+    The arithmetic is evaluated and handed back to inference as constants, as long as that finds more; what is still unknown
+    then is measured by running the model once.
+    """
+    by_output = {name: proto for proto in skeleton.graph.node for name in proto.output if name}
+    wanted = [name for node in nodes for name in node.outputs if name]
+    measured = False
+    while True:
+        static = _static_nodes(nodes, constants, aliases, known)
+        arithmetic = None
+        if static:
+            read = dict.fromkeys(name for node in static for name in node.inputs if name)
+            leaves = [_tensor(constants[aliases.get(n, n)], n) for n in read if aliases.get(n, n) in constants]
+            arithmetic = runtime.Arithmetic([by_output[node.key] for node in static], leaves, model.opset_import)
+        names = {name for node in static for name in node.outputs if name}
+        missing = [name for name in wanted if name not in known]
+        if not missing or measured:
+            return arithmetic, names
+        values = arithmetic(known) if arithmetic else {}
+        found, kinds = _infer_shapes(_folded(skeleton, values))
+        found.update({name: value.shape for name, value in values.items()})
+        if not found.keys() - known.keys():
+            found, measured = _run_for_shapes(model, missing, shapes), True
+        known.update({name: shape for name, shape in found.items() if name not in known})
+        types.update({name: kind for name, kind in kinds.items() if name not in types})
+
+
+def _folded(skeleton: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """The skeleton with computed values in the place of the nodes that compute them."""
+    folded = onnx.ModelProto()
+    folded.CopyFrom(skeleton)
+    del folded.graph.node[:]
+    folded.graph.node.extend(node for node in skeleton.graph.node if node.output[0] not in values)
+    folded.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+    return folded
+
+
+def _run_for_shapes(model: onnx.ModelProto, names: Sequence[str], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Find shapes that inference could not, by running the model once with those tensors as outputs."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return runtime.measure_shapes(probe.SerializeToString(), names, shapes)

@@ -1,0 +1,435 @@
+"""The stages in order, each a line: read, couple, score, select, apply, prove, write."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+
+from onnxprune import data, onnx_io, report, runtime
+from onnxprune.cost import Cost
+from onnxprune.coupling import Coupling
+from onnxprune.errors import FileError, ModelError, ProofError, UsageError
+from onnxprune.metrics import View
+from onnxprune.metrics import find as find_metric
+from onnxprune.passes import validate
+from onnxprune.passes.apply import apply as apply_plan
+from onnxprune.passes.couple import couple
+from onnxprune.passes.prove import Proof, prove
+from onnxprune.passes.score import score
+from onnxprune.passes.select import PRESETS, Limits, Selection, lowest, select
+from onnxprune.passes.validate import Quality
+from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan
+from onnxprune.report import Report, Target
+
+ModelLike = str | os.PathLike | onnx.ModelProto
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose; the command line's options of the same names.
+
+    Attributes
+    ----------
+    targets
+        Budget per kind (``mac``, ``params``, ``bandwidth``, ``size``): at most 1 is a share, more is absolute.
+    """
+
+    targets: Mapping[str, float] = field(default_factory=dict)
+    preset: str = "d"
+    criterion: str = "l2"
+    align: int = 1
+    min_channels: int = 1
+    max_prune: float = 1.0
+    ignore: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    provider: str = ""
+    seed: int = 0
+    proof: bool = True
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UsageError(f"preset {self.preset!r}: unknown; choose from {', '.join(PRESETS)}")
+        if self.align < 1 or self.min_channels < 1 or not 0 <= self.max_prune <= 1:
+            raise UsageError("align and min_channels are at least 1, max_prune lies between 0 and 1")
+        for kind, value in self.targets.items():
+            if not value > 0 or value == float("inf"):
+                raise UsageError(f"target {kind} {value}: must be a share in (0, 1] or an absolute number above 1")
+
+    @property
+    def limits(self) -> Limits:
+        """The options that limit every group."""
+        return Limits(self.align, self.min_channels, self.max_prune)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``prune`` and ``apply`` return; ``model`` is the pruned model."""
+
+    model: onnx.ModelProto
+    plan: Plan
+    report: Report
+
+
+class Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure one stage."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def timings(self) -> dict[str, float]:
+        """All stages and their total."""
+        return {**self.seconds, "total": time.perf_counter() - self._begin}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, where it came from, and what coupling found out about it."""
+
+    proto: onnx.ModelProto
+    path: pathlib.Path | None
+    sha256: str
+    coupling: Coupling
+    cost: Cost
+
+
+def load(model: ModelLike, options: Options, clock: Clock) -> Loaded:
+    """Read and couple a model."""
+    with clock.stage("load"):
+        if isinstance(model, onnx.ModelProto):
+            path, proto = None, model
+        else:
+            path, proto = pathlib.Path(model), onnx_io.load(model)
+        digest = onnx_io.sha256(path) if path is not None else ""
+    with clock.stage("couple"):
+        graph = onnx_io.read(proto, options.input_shapes)
+        coupling = couple(graph, options.ignore, options.only)
+        cost = Cost(coupling)
+    return Loaded(proto, path, digest, coupling, cost)
+
+
+def prune(model: ModelLike, options: Options | None = None, progress: Progress = silent, **chosen: Any) -> Result:
+    """Remove channels until the model meets its budget, and prove the result.
+
+    Parameters
+    ----------
+    model
+        A path or a ModelProto; neither is changed.
+    chosen
+        Fields of :class:`Options`, and ``target_mac``, ``target_params``, ``target_bandwidth``, ``target_size``.
+
+    Raises
+    ------
+    BudgetError
+        The target is out of reach.
+    ProofError
+        The pruned graph does not equal the masked original.
+    """
+    options = options or _options(chosen)
+    clock = Clock()
+    loaded = load(model, options, clock)
+    coupling, cost = loaded.coupling, loaded.cost
+    every = np.ones(coupling.n_classes, bool)
+    before = cost.of(every)
+    overhead = _file_size(loaded) - before["bytes"]
+    budget = {kind: _absolute(kind, value, before, overhead) for kind, value in options.targets.items()}
+    met = all(_cost_of(kind, before, overhead) <= limit for kind, limit in budget.items())
+    with clock.stage("score"):
+        scores = score(coupling, options.criterion, options.seed)
+    with clock.stage("select"):
+        kinds = {_kind(kind): limit - (overhead if kind == "size" else 0) for kind, limit in budget.items()}
+        selection = (
+            Selection(every, floor(loaded, options))
+            if met
+            else select(coupling, cost, scores, kinds, PRESETS[options.preset], options.limits)
+        )
+        plan = make_plan(coupling, selection.keep, loaded.sha256)
+    if met:
+        pruned, proof = loaded.proto, None
+    else:
+        pruned, proof = _apply_and_prove(loaded, plan, selection.keep, options, progress, clock)
+    after = cost.of(selection.keep)
+    target = _target(options, before, after, selection.floor, overhead)
+    notes = (*coupling.model.notes, *(("the model already meets the target; nothing was removed",) if met else ()))
+    described = describe(loaded, options, selection.keep, scores.value, clock)
+    described = replace(described, target=target, proof=proof, notes=notes)
+    return Result(pruned, plan, described)
+
+
+def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> Report:
+    """Describe a model: cost per layer, groups, what is frozen and why, the reachable floor."""
+    options = options or _options(chosen)
+    clock = Clock()
+    loaded = load(model, options, clock)
+    with clock.stage("score"):
+        scores = score(loaded.coupling, options.criterion, options.seed)
+    every = np.ones(loaded.coupling.n_classes, bool)
+    described = describe(loaded, options, every, scores.value, clock)
+    return replace(described, notes=loaded.coupling.model.notes)
+
+
+def apply(
+    model: ModelLike,
+    plan: Plan | str | os.PathLike,
+    options: Options | None = None,
+    progress: Progress = silent,
+    **chosen: Any,
+) -> Result:
+    """Replay a plan on the model it was made for, or on a sibling with the same tensor names, and prove the result."""
+    options = options or _options(chosen)
+    plan = read_plan(plan)
+    clock = Clock()
+    loaded = load(model, replace(options, input_shapes=options.input_shapes or _plan_shapes(model, plan)), clock)
+    keep = keep_of(loaded.coupling, plan)
+    pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
+    described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
+    described = replace(described, proof=proof, notes=loaded.coupling.model.notes)
+    return Result(pruned, plan, described)
+
+
+def verify(
+    original: ModelLike, pruned: ModelLike, plan: Plan | str | os.PathLike, options: Options | None = None,
+    progress: Progress = silent, **chosen: Any,
+) -> Report:  # fmt: skip
+    """Prove a pruned model from files alone; weight values may differ (compensated, trained), the structure may not.
+
+    The original is sliced by the plan, that slice is proved, and ``pruned`` must equal it in everything but the values of
+    floating-point initializers.
+
+    Raises
+    ------
+    ProofError
+        The plan is wrong for the original, or the pruned model is not what the plan makes of it.
+    """
+    options = options or _options(chosen)
+    plan = read_plan(plan)
+    clock = Clock()
+    loaded = load(original, replace(options, input_shapes=options.input_shapes or _plan_shapes(original, plan)), clock)
+    given = pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)
+    keep = keep_of_groups(loaded.coupling, plan) if plan.groups else keep_of(loaded.coupling, plan)
+    sliced, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
+    with clock.stage("compare"):
+        differences, exact = onnx_io.compare(sliced, given)
+    if differences:
+        raise ProofError(f"the pruned model is not what the plan makes of the original: {differences[0]}", differences)
+    described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
+    described = replace(described, proof=proof, weights="exact" if exact else "changed")
+    if not isinstance(pruned, onnx.ModelProto):
+        described = replace(described, output={"path": str(pruned), "sha256": onnx_io.sha256(pruned)})
+    return described
+
+
+def evaluate(
+    model: ModelLike, data_path: str | os.PathLike, metric: str, *, reference: ModelLike | None = None,
+    output: Literal["direct", "residual"] = "direct", clip: bool = False, provider: str = "", progress: Progress = silent,
+) -> Quality:  # fmt: skip
+    """Measure the quality of a model on a data set (see :mod:`onnxprune.data` for what it may be)."""
+    session = _session(model, provider)
+    samples = data.load(pathlib.Path(data_path), session.inputs)
+    other = _session(reference, provider) if reference is not None else None
+    view = View(output=output, clip=clip)
+    return validate.evaluate(
+        session, samples, metric, reference=other, view=view,
+        progress=lambda done, total: progress("evaluate", done, total),
+    )  # fmt: skip
+
+
+def compare_quality(
+    before: ModelLike, after: ModelLike, data_path: str | None, metric: str | None, provider: str = ""
+) -> tuple[Quality, Quality] | None:
+    """Quality of two models on the same data; None where no data is given."""
+    if data_path is None and metric is None:
+        return None
+    if data_path is None or metric is None:
+        raise UsageError("--data and --metric go together")
+    reference = before if find_metric(metric).needs == "reference" else None
+    first = evaluate(before, data_path, metric, reference=reference, provider=provider)
+    return first, evaluate(after, data_path, metric, reference=reference, provider=provider)
+
+
+def guard(quality: tuple[Quality, Quality] | None, max_drop: float | None, min_quality: float | None) -> str | None:
+    """Say in words which limit a pruned model breaks; None where it is good enough."""
+    if max_drop is None and min_quality is None:
+        return None
+    if quality is None:
+        raise UsageError("--max-drop and --min-quality need --data and --metric")
+    before, after = quality
+    lost = validate.drop(before, after)
+    if max_drop is not None and not lost <= max_drop:
+        return f"{after.metric} falls from {before.value:.6g} to {after.value:.6g}, by more than {max_drop:g}"
+    worse = after.value < min_quality if min_quality is not None and after.higher_is_better else False
+    if min_quality is not None and (worse or (not after.higher_is_better and after.value > min_quality)):
+        return f"{after.metric} is {after.value:.6g}, {min_quality:g} is asked for"
+    return None
+
+
+def _session(model: ModelLike, provider: str) -> runtime.Session:
+    if isinstance(model, onnx.ModelProto):
+        return runtime.Session(model.SerializeToString(), provider)
+    onnx_io.require_file(pathlib.Path(model))
+    return runtime.Session(str(model), provider)
+
+
+def describe(loaded: Loaded, options: Options, keep: np.ndarray, scores: np.ndarray, clock: Clock) -> Report:
+    """Put down everything that is known about a model under ``keep`` (bool per class)."""
+    cost, every = loaded.cost, np.ones(len(keep), bool)
+    before = cost.of(every)
+    return Report(
+        version=version("onnxprune"),
+        options={name: value for name, value in vars(options).items() if value not in ((), {}, "")},
+        input={"path": str(loaded.path) if loaded.path else None, "sha256": loaded.sha256 or None},
+        output={"path": None, "sha256": None},
+        input_shapes=loaded.coupling.model.input_shapes,
+        before=before,
+        after=cost.of(keep),
+        groups=report.group_rows(loaded.coupling, keep, scores),
+        layers=report.layers(cost, keep),
+        frozen=report.frozen_rows(cost),
+        floor={kind: value / before[kind] if before[kind] else 1.0 for kind, value in floor(loaded, options).items()},
+        timings=clock.timings(),
+    )
+
+
+def floor(loaded: Loaded, options: Options) -> dict[str, float]:
+    """Lowest reachable cost of every kind under the options' preset and limits."""
+    return lowest(loaded.coupling, loaded.cost, PRESETS[options.preset], options.limits)
+
+
+def write(result: Result, model: ModelLike, out: str | os.PathLike, *, force: bool = False) -> Report:
+    """Write a result: a copy of the file where nothing was removed, else the pruned model. Returns the updated report."""
+    out = pathlib.Path(out)
+    check_output(model, out, force=force)
+    if result.model is model or not result.plan.initializers:
+        if isinstance(model, onnx.ModelProto):
+            onnx_io.save(model, out)
+        else:
+            onnx_io.copy(pathlib.Path(model), out, force=force)
+    else:
+        onnx_io.save(result.model, out)
+    return replace(result.report, output={"path": str(out), "sha256": onnx_io.sha256(out)})
+
+
+def check_output(model: ModelLike, out: pathlib.Path, *, force: bool) -> None:
+    """Refuse to write over the input, over an existing file without ``force``, or into nowhere."""
+    given = None if isinstance(model, onnx.ModelProto) else pathlib.Path(model)
+    if given is not None and given.exists() and out.exists() and out.samefile(given):
+        raise UsageError(f"{out}: is the input; choose another file for the output")
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder; name a file in it")
+    if out.exists() and not force:
+        raise UsageError(f"{out}: exists; choose another name or use --force to overwrite it")
+    if not out.parent.is_dir():
+        raise FileError(f"{out}: the folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK):
+        raise FileError(f"{out}: the folder {out.parent} cannot be written")
+
+
+def read_plan(plan: Plan | str | os.PathLike) -> Plan:
+    """Read a plan file; a Plan passes."""
+    if isinstance(plan, Plan):
+        return plan
+    try:
+        return Plan.from_json(pathlib.Path(plan).read_text(encoding="utf-8"))
+    except ModelError as error:
+        raise ModelError(f"{plan}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{plan}: the plan cannot be read ({error})") from error
+
+
+def latency(
+    before: str | os.PathLike, after: str | os.PathLike, shapes: Mapping[str, Sequence[int]], provider: str = ""
+) -> tuple[float, ...]:
+    """Median milliseconds of both models, measured in turn after a warm-up."""
+    return runtime.compare_latency([str(before), str(after)], shapes, provider)
+
+
+def _apply_and_prove(
+    loaded: Loaded, plan: Plan, keep: np.ndarray, options: Options, progress: Progress, clock: Clock
+) -> tuple[onnx.ModelProto, Proof | None]:
+    with clock.stage("apply"):
+        pruned = apply_plan(loaded.proto, loaded.coupling, plan, keep)
+    if not options.proof:
+        return pruned, None
+    with clock.stage("prove"):
+        try:
+            graph = onnx_io.read(pruned, loaded.coupling.model.input_shapes)
+        except ModelError as error:
+            raise ProofError(f"the pruned graph is invalid: {error}; nothing was written", (str(error),)) from error
+        proof = prove(
+            loaded.proto, pruned, graph, loaded.coupling, plan, keep,
+            seed=options.seed, progress=lambda done, total: progress("prove", done, total),
+        )  # fmt: skip
+    if not proof.ok:
+        raise ProofError(
+            f"the pruned graph is not the masked original: {proof.failures[0]}; nothing was written", proof.failures
+        )
+    return pruned, proof
+
+
+def _options(chosen: Mapping[str, Any]) -> Options:
+    targets = {
+        key[7:]: float(value) for key, value in chosen.items() if key.startswith("target_") and value is not None
+    }
+    rest = {key: value for key, value in chosen.items() if not key.startswith("target_")}
+    try:
+        return Options(targets=targets, **rest)
+    except TypeError as error:
+        raise UsageError(str(error)) from error
+
+
+def _plan_shapes(model: ModelLike, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The plan's input shapes, where the model has those inputs."""
+    proto = model if isinstance(model, onnx.ModelProto) else onnx_io.load(model)
+    names = {value.name for value in proto.graph.input}
+    return {name: shape for name, shape in plan.inputs.items() if name in names}
+
+
+def _kind(kind: str) -> str:
+    return "bytes" if kind == "size" else kind
+
+
+def _cost_of(kind: str, cost: Mapping[str, float], overhead: float) -> float:
+    return cost[_kind(kind)] + (overhead if kind == "size" else 0)
+
+
+def _absolute(kind: str, value: float, before: Mapping[str, int], overhead: float) -> float:
+    return value * _cost_of(kind, before, overhead) if value <= 1 else value
+
+
+def _file_size(loaded: Loaded) -> int:
+    return loaded.path.stat().st_size if loaded.path else loaded.proto.ByteSize()
+
+
+def _target(
+    options: Options, before: Mapping[str, int], after: Mapping[str, int], lowest: Mapping[str, float], overhead: float
+) -> Target | None:
+    for kind, requested in options.targets.items():
+        whole = _cost_of(kind, before, overhead)
+        unit = whole if requested <= 1 else 1.0
+        achieved, least = _cost_of(kind, after, overhead), _cost_of(kind, lowest, overhead)
+        return Target(kind, requested, achieved / unit, least / unit, requested <= 1)
+    return None

@@ -1,0 +1,143 @@
+"""Plan: which channels stay. A data type, its JSON, and how it maps to a coupled model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxprune.coupling import Coupling
+from onnxprune.errors import ModelError
+
+Slices = dict[int, list[int]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Channels that stay.
+
+    Attributes
+    ----------
+    initializers
+        By tensor name: axis to kept indices. ``NAME@FIRST_OUTPUT`` is the slice that one reader of a shared vector needs.
+    groups
+        ``(id, size, keep)`` per group, ``keep`` a tuple of bool.
+    sha256, inputs
+        The model that the plan was made for: hash of its file (or empty), and its input shapes.
+    """
+
+    initializers: Mapping[str, Slices]
+    groups: tuple[tuple[str, int, tuple[bool, ...]], ...]
+    sha256: str = ""
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    added: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data (``schema`` 1)."""
+        return {
+            "schema": 1,
+            "model": {"sha256": self.sha256, "inputs": {name: list(shape) for name, shape in self.inputs.items()}},
+            "initializers": {
+                name: {str(axis): list(kept) for axis, kept in axes.items()} for name, axes in self.initializers.items()
+            },
+            "groups": [{"id": name, "size": size, "keep": list(keep)} for name, size, keep in self.groups],
+            "added": dict(self.added),
+        }
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Parse a plan; :class:`ModelError` where it is not one."""
+        try:
+            data = json.loads(text)
+            if data["schema"] != 1:
+                raise ModelError(f"plan schema {data['schema']} is unknown to this version; it reads schema 1")
+            initializers = {
+                str(name): {int(axis): [int(index) for index in kept] for axis, kept in axes.items()}
+                for name, axes in data["initializers"].items()
+            }
+            groups = tuple((g["id"], int(g["size"]), tuple(map(bool, g["keep"]))) for g in data.get("groups", ()))
+            model = data.get("model", {})
+            inputs = {name: tuple(map(int, shape)) for name, shape in model.get("inputs", {}).items()}
+            return cls(initializers, groups, str(model.get("sha256", "")), inputs, data.get("added", {}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"not a plan written by onnxprune ({error!r})") from error
+
+
+def make_plan(coupling: Coupling, keep: np.ndarray, sha256: str = "") -> Plan:
+    """Write down which indices of which constant stay under ``keep`` (bool per class)."""
+    groups = tuple((g.id, g.size, tuple(keep[g.classes].tolist())) for g in coupling.groups)
+    return Plan(expected_slices(coupling, keep), groups, sha256, dict(coupling.model.input_shapes))
+
+
+def expected_slices(coupling: Coupling, keep: np.ndarray) -> dict[str, Slices]:
+    """Kept indices per constant and axis under ``keep``.
+
+    A vector that exporters shared between unrelated layers gets a slice per reader where they differ; the first reader's
+    keeps the name, unless something reads the vector whole.
+    """
+    initializers: dict[str, Slices] = {}
+    readers: dict[str, list[tuple[str, Slices]]] = {}
+    for (name, key, _), axes in coupling.ledger.constants.items():
+        slices = {}
+        for axis, atom in sorted(axes.items()):
+            kept = np.flatnonzero(keep[coupling.classes[atom.labels]])
+            if len(kept) < atom.size:
+                slices[axis] = kept.tolist()
+        readers.setdefault(name, []).append((key, slices))
+    for name, uses in readers.items():
+        whole = name in coupling.read_whole
+        first = {} if whole else uses[0][1]
+        if first:
+            initializers[name] = first
+        for key, slices in uses if whole else uses[1:]:
+            if slices != first:
+                initializers[f"{name}@{key}"] = slices
+    return initializers
+
+
+def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
+    """Keep mask per class that a plan's initializers mean for this model (bool of shape ``(n_classes,)``).
+
+    Raises
+    ------
+    ModelError
+        The plan names tensors, axes or indices that the model does not have.
+    """
+    keep = np.ones(coupling.n_classes, bool)
+    known = {(name, key): axes for (name, key, _), axes in coupling.ledger.constants.items()}
+    for full, slices in plan.initializers.items():
+        name, _, key = full.partition("@") if full not in coupling.model.constants else (full, "", "")
+        uses = [axes for (n, k), axes in known.items() if n == name and (not key or k == key)]
+        if name not in coupling.model.constants or not uses:
+            raise ModelError(f"the plan slices {full}, which this model does not have or does not use")
+        for axis, kept in slices.items():
+            size = coupling.model.constants[name].shape[axis] if axis < len(coupling.model.constants[name].shape) else 0
+            if not kept or min(kept) < 0 or max(kept) >= size:
+                raise ModelError(f"the plan keeps indices of {full} axis {axis} that do not exist ({size} there)")
+            atom = uses[0].get(axis)
+            if atom is not None and atom.labels is not None:
+                gone = np.ones(size, bool)
+                gone[kept] = False
+                keep[coupling.classes[atom.labels[gone]]] = False
+    return keep
+
+
+def keep_of_groups(coupling: Coupling, plan: Plan) -> np.ndarray:
+    """Keep mask per class that a plan's groups mean for the model it was made for.
+
+    Raises
+    ------
+    ModelError
+        The model has other groups.
+    """
+    if [(g.id, g.size) for g in coupling.groups] != [(name, size) for name, size, _ in plan.groups]:
+        raise ModelError(
+            "the plan's groups are not this model's; was it made for another model, or by another version?"
+        )
+    keep = np.ones(coupling.n_classes, bool)
+    for group, (_, _, kept) in zip(coupling.groups, plan.groups, strict=True):
+        keep[group.classes] = kept
+    return keep

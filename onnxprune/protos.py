@@ -1,0 +1,35 @@
+"""Small facts about ONNX protobufs."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from google.protobuf.message import Message
+from onnx import numpy_helper
+
+
+def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """Tensor of a Constant node, whichever attribute holds it; None for strings and sparse tensors."""
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            return attribute.t
+        if attribute.name in ("value_float", "value_floats"):
+            floats = attribute.f if attribute.name == "value_float" else attribute.floats
+            return numpy_helper.from_array(np.array(floats, np.float32))
+        if attribute.name in ("value_int", "value_ints"):
+            integers = attribute.i if attribute.name == "value_int" else attribute.ints
+            return numpy_helper.from_array(np.array(integers, np.int64))
+    return None
+
+
+def copy_fields(source: Message, target: Message, leave_out: tuple[str, ...]) -> None:
+    """Copy a protobuf message without some of its fields, so that weights are not copied twice."""
+    for field, value in source.ListFields():
+        if field.name in leave_out:
+            continue
+        if field.is_repeated:
+            getattr(target, field.name).extend(value)
+        elif field.message_type is not None:
+            getattr(target, field.name).CopyFrom(value)
+        else:
+            setattr(target, field.name, value)

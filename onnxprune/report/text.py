@@ -1,0 +1,149 @@
+"""Show a report on a terminal (colours, tables) or in a pipe (plain text, the same words)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from onnxprune.report import FrozenRow, GroupRow, Layer, Report
+
+NAMES = {
+    "mac": "MAC",
+    "weights": "weights",
+    "params": "parameters",
+    "activations": "activations",
+    "bandwidth": "bandwidth",
+}
+
+
+def number(value: float) -> str:
+    """Write a count with a unit: 1428.06 G, 7757.3 K."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:g}"
+
+
+def summary(console: Console, report: Report, *, verbose: bool = False) -> None:
+    """Show what a run did: costs before and after, proof, quality, latency, and where the result is."""
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report.input_shapes.items())
+    console.print(f"input    {shapes}", highlight=False)
+    table = _table(console, "", "before", "after", "kept")
+    for kind, name in NAMES.items():
+        before, after = report.before[kind], report.after[kind]
+        table.add_row(name, number(before), number(after), share(after, before))
+    if report.latency_ms:
+        before_ms, after_ms = report.latency_ms
+        table.add_row("latency", f"{before_ms:.2f} ms", f"{after_ms:.2f} ms", share(after_ms, before_ms))
+    if report.quality:
+        before_q, after_q = report.quality
+        table.add_row(before_q.metric, f"{before_q.value:.4g}", f"{after_q.value:.4g}", "")
+    console.print(table)
+    for line in _facts(report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if verbose:
+        layers(console, report.layers)
+        groups(console, report.groups)
+        frozen(console, report.frozen)
+
+
+def inspection(console: Console, report: Report, *, verbose: bool = False) -> None:
+    """Show what a model is made of: cost per layer, groups, what is frozen and why, the reachable floor."""
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report.input_shapes.items())
+    console.print(f"input    {shapes}", highlight=False)
+    table = _table(console, "", "cost", "floor")
+    for kind, name in NAMES.items():
+        table.add_row(name, number(report.before[kind]), f"{100 * report.floor[kind]:.1f} %")
+    console.print(table)
+    layers(console, report.layers, before_only=True, limit=None if verbose else 40)
+    groups(console, report.groups, limit=None if verbose else 40)
+    frozen(console, report.frozen, limit=None if verbose else 12)
+    for note in report.notes:
+        console.print(f"note     {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def layers(console: Console, rows: Sequence[Layer], *, before_only: bool = False, limit: int | None = None) -> None:
+    """Show channels, MAC and weights of every layer."""
+    if before_only:
+        table = _table(console, "layer", "op", "channels", "MAC", "weights", left=2)
+        for row in rows[:limit]:
+            cells = (str(row.channels_before), number(row.mac_before), number(row.weights_before))
+            table.add_row(row.node, row.op, *cells)
+    else:
+        table = _table(console, "layer", "op", "channels", "MAC", "weights", left=2)
+        for row in rows[:limit]:
+            table.add_row(
+                row.node,
+                row.op,
+                f"{row.channels_before} -> {row.channels_after}",
+                f"{number(row.mac_after)} ({share(row.mac_after, row.mac_before)})",
+                number(row.weights_after),
+            )
+    _show(console, "layers", table, len(rows), limit)
+
+
+def groups(console: Console, rows: Sequence[GroupRow], *, limit: int | None = None) -> None:
+    """Show which channels live or die together."""
+    free = [row for row in rows if row.frozen is None]
+    table = _table(console, "group", "channels", "kept", "tensors", "first member", left=1)
+    for row in free[:limit]:
+        first = f"{row.members[0][0]} axis {row.members[0][1]}" if row.members else ""
+        table.add_row(row.id, str(row.size), str(row.kept), str(len(row.members)), first)
+    _show(console, "groups of channels that are removed together", table, len(free), limit)
+
+
+def frozen(console: Console, rows: Sequence[FrozenRow], *, limit: int | None = None) -> None:
+    """Show what cannot be removed, why, and what multiply-accumulates it concerns."""
+    table = _table(console, "frozen at", "op", "why", "MAC", left=3)
+    for row in rows[:limit]:
+        table.add_row(row.node or row.tensor, row.op, row.reason, number(row.mac))
+    _show(console, "frozen", table, len(rows), limit)
+
+
+def share(part: float, whole: float) -> str:
+    """Write a ratio in percent."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _facts(report: Report) -> list[str]:
+    lines = []
+    if report.target:
+        t = report.target
+        write = (lambda value: f"{value:.4f}") if t.share else number
+        lines.append(f"target   {t.kind} {write(t.requested)}, achieved {write(t.achieved)}, floor {write(t.floor)}")
+    if report.proof:
+        p = report.proof
+        state = "holds" if p.ok else "FAILED"
+        lines.append(
+            f"proof    {state}: {p.tensors} tensors equal the masked original, largest error {p.max_rel_err:.1e}"
+        )
+        if p.redefined:
+            lines.append(f"         {len(p.redefined)} operators take their statistics over the kept channels")
+        if p.insensitive:
+            lines.append(f"         {len(p.insensitive)} segments did not react to the negative control (see --json)")
+        if report.weights == "changed":
+            lines.append("         weight values differ from the original's (trained or compensated)")
+    lines += [f"note     {note}" for note in report.notes]
+    if report.output.get("path"):
+        lines.append(f"written  {report.output['path']}")
+    return lines
+
+
+def _table(console: Console, *columns: str, left: int = 1) -> Table:
+    plain = not console.is_terminal
+    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, header_style="" if plain else "bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    return table
+
+
+def _show(console: Console, title: str, table: Table, total: int, limit: int | None) -> None:
+    console.print()
+    console.print(f"{title} ({total})", highlight=False)
+    if total:
+        console.print(table)
+    if limit is not None and total > limit:
+        console.print(f"... {total - limit} more; -v shows all", highlight=False)

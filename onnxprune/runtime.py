@@ -1,0 +1,187 @@
+"""onnxruntime sessions; nothing else imports it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from onnxprune.errors import ModelError
+
+onnxruntime.set_default_logger_severity(4)
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
+}
+
+
+class Session:
+    """A model ready to run.
+
+    Parameters
+    ----------
+    model
+        A file's path (external data is found beside it), or serialised bytes.
+    provider
+        onnxruntime execution provider, ``CPUExecutionProvider`` by default.
+    optimize
+        False runs the graph as written, so that intermediate values are what the file says.
+    threads
+        Threads within one operator; 0 lets onnxruntime choose.
+
+    Raises
+    ------
+    ModelError
+        onnxruntime rejects the model.
+    """
+
+    def __init__(self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        if not optimize:
+            options.enable_cpu_mem_arena = False
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=providers(provider))
+        except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this model
+            raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+        self.inputs: dict[str, tuple[tuple[int | str | None, ...], np.dtype]] = {
+            i.name: (tuple(i.shape), np.dtype(_DTYPES.get(i.type, np.float32))) for i in self._session.get_inputs()
+        }
+        self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[Any]:
+        """Run once; :class:`ModelError` where the model cannot run on these feeds."""
+        try:
+            return self._session.run(outputs, dict(feeds))
+        except Exception as error:
+            raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+
+def providers(name: str = "") -> list[str]:
+    """Providers to ask for, checked against what is installed; ``name`` may leave out "ExecutionProvider"."""
+    if not name:
+        return ["CPUExecutionProvider"]
+    available = onnxruntime.get_available_providers()
+    full = next((p for p in available if p.lower() in (name.lower(), name.lower() + "executionprovider")), None)
+    if full is None:
+        raise ModelError(f"provider {name} is not available here; available: {', '.join(available)}")
+    return [full]
+
+
+def random_feeds(
+    inputs: Mapping[str, tuple[Sequence[int | str | None], np.dtype]],
+    shapes: Mapping[str, Sequence[int]],
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Standard normal floats, small non-negative integers and True for inputs of the given shapes."""
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for name, (_, dtype) in inputs.items():
+        shape = tuple(shapes[name])
+        if np.issubdtype(dtype, np.floating):
+            feeds[name] = rng.standard_normal(shape).astype(dtype)
+        elif dtype == np.bool_:
+            feeds[name] = np.ones(shape, dtype)
+        else:
+            feeds[name] = rng.integers(0, 2, shape).astype(dtype)
+    return feeds
+
+
+def measure_shapes(
+    model: bytes, wanted: Iterable[str], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Run a serialised model once on random input and return the shape of each ``wanted`` tensor (an output of it)."""
+    session = Session(model, optimize=False)
+    names = list(wanted)
+    values = session.run(random_feeds(session.inputs, shapes), names)
+    return {name: value.shape for name, value in zip(names, values, strict=True) if hasattr(value, "shape")}
+
+
+def compare_latency(
+    models: Sequence[str], shapes: Mapping[str, Sequence[int]], provider: str = "", seconds: float = 1.0
+) -> tuple[float, ...]:
+    """Median milliseconds of each model file on random input, measured in turn (A, B, A, B, ..) after a warm-up."""
+    sessions = [Session(model, provider) for model in models]
+    feeds = [random_feeds(session.inputs, shapes) for session in sessions]
+    times: list[list[float]] = [[] for _ in models]
+    end = time.perf_counter() + seconds * len(models)
+    while not times[-1] or len(times[-1]) < 4 or (time.perf_counter() < end and len(times[-1]) < 200):
+        for taken, session, feed in zip(times, sessions, feeds, strict=True):
+            begin = time.perf_counter()
+            session.run(feed)
+            taken.append(1000 * (time.perf_counter() - begin))
+    return tuple(float(np.median(taken[1:])) for taken in times)
+
+
+class Arithmetic:
+    """Shape arithmetic of a graph: tensors that follow from shapes and integer constants alone.
+
+    Parameters
+    ----------
+    nodes
+        Static nodes in topological order; ``Shape`` and ``Size`` nodes among them become inputs.
+    constants
+        Constants that the nodes read.
+    opset
+        Opset imports of the model.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[onnx.NodeProto],
+        constants: Sequence[onnx.TensorProto],
+        opset: Iterable[onnx.OperatorSetIdProto],
+    ) -> None:
+        self._leaves = [node for node in nodes if node.op_type in ("Shape", "Size")]
+        inner = [node for node in nodes if node.op_type not in ("Shape", "Size")]
+        self._names = list(dict.fromkeys(name for node in inner for name in node.output if name))
+        self._session = None
+        if inner:
+            inputs = [
+                onnx.helper.make_tensor_value_info(
+                    leaf.output[0], onnx.TensorProto.INT64, (None,) if leaf.op_type == "Shape" else ()
+                )
+                for leaf in self._leaves
+            ]
+            outputs = [onnx.ValueInfoProto(name=name) for name in self._names]
+            graph = onnx.helper.make_graph(inner, "shapes", inputs, outputs, list(constants))
+            model = onnx.helper.make_model(graph, opset_imports=list(opset), ir_version=10)
+            self._session = Session(model.SerializeToString(), optimize=False, threads=1)
+
+    def __call__(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+        """Evaluate every static tensor for the given tensor shapes."""
+        feeds = {leaf.output[0]: _leaf_value(leaf, shapes[leaf.input[0]]) for leaf in self._leaves}
+        values = dict(feeds)
+        if self._session is not None:
+            needed = {name: feeds[name] for name in self._session.inputs}
+            values.update(zip(self._names, self._session.run(needed, self._names), strict=True))
+        return values
+
+
+def _leaf_value(leaf: onnx.NodeProto, shape: Sequence[int]) -> np.ndarray:
+    if leaf.op_type == "Size":
+        return np.array(np.prod(shape, dtype=np.int64), np.int64)
+    bounds = {attribute.name: attribute.i for attribute in leaf.attribute}
+    return np.array(tuple(shape)[bounds.get("start", 0) : bounds.get("end")], np.int64)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]

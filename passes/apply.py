@@ -1,0 +1,173 @@
+"""Apply: remove the channels that a plan does not keep from the original model, physically.
+
+Only what must change is touched: sliced initializers, group attributes, shape constants and value_info. Everything else,
+byte for byte, stays. Postcondition: the graph runs; ``prove`` says whether it is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnxprune.passes.follow import View, follow
+
+from onnxprune.coupling import Coupling
+from onnxprune.errors import ModelError, ProofError
+from onnxprune.model import Shape
+from onnxprune.plan import Plan, Slices
+from onnxprune.protos import constant_tensor, copy_fields
+
+
+def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarray) -> onnx.ModelProto:
+    """Return a pruned copy of ``model``.
+
+    Parameters
+    ----------
+    plan
+        What to slice.
+    keep
+        The plan as a mask over classes, bool of shape ``(n_classes,)``: what shapes follow from it.
+
+    Raises
+    ------
+    ProofError
+        An operator's needs cannot be met (coupling should have frozen it).
+    """
+    edits = follow(coupling, keep)
+    if edits.failures:
+        node, text = edits.failures[0]
+        raise ProofError(f"{node.title} ({node.op}): {text}", tuple(f"{n.title}: {t}" for n, t in edits.failures))
+    pruned = onnx.ModelProto()
+    copy_fields(model, pruned, leave_out=("graph",))
+    copy_fields(model.graph, pruned.graph, leave_out=("initializer", "node"))
+    operands = _operands(coupling, edits.inputs)
+    for tensor in model.graph.initializer:
+        _add_tensor(pruned.graph, tensor, plan, operands)
+    for node in model.graph.node:
+        added = pruned.graph.node.add()
+        added.CopyFrom(node)
+        key = next((name for name in node.output if name), "")
+        if node.op_type == "Constant" and key in coupling.model.constants:
+            _edit_constant(pruned.graph, added, plan, operands)
+            continue
+        for index, name in enumerate(node.input):
+            own = f"{coupling.model.aliases.get(name, name)}@{key}"
+            if own in plan.initializers:
+                added.input[index] = own
+        for name, value in edits.attributes.get(key, {}).items():
+            _set_attribute(added, name, value)
+        for index in sorted(index for edited, index in edits.inputs if edited == key):
+            _set_operand(pruned.graph, added, index, operands, edits.inputs[key, index])
+    _update_shapes(pruned.graph, coupling, keep)
+    return pruned
+
+
+def take(array: np.ndarray, slices: Slices, name: str) -> np.ndarray:
+    """Keep the given indices on every axis of ``slices``."""
+    for axis, kept in slices.items():
+        if axis >= array.ndim or max(kept, default=-1) >= array.shape[axis]:
+            raise ModelError(f"the plan does not fit {name} of shape {list(array.shape)}")
+        array = array.take(kept, axis)
+    return array
+
+
+def _operands(coupling: Coupling, edited: Mapping[tuple[str, int], np.ndarray]) -> dict[str, np.ndarray]:
+    """Constants that can change in place, because every reader wants the same new value."""
+    model, in_place = coupling.model, {}
+    inputs = {node.key: node.inputs for node in model.nodes}
+    for (key, index), value in edited.items():
+        name = inputs[key][index] if index < len(inputs[key]) else ""
+        if name not in model.constants or name in model.outputs:
+            continue
+        wanted = [edited.get((node.key, position)) for node, position in model.consumers[name]]
+        captured = any(name in node.captured for node in model.nodes)
+        if not captured and all(other is not None and np.array_equal(other, value) for other in wanted):
+            in_place[name] = value
+    return in_place
+
+
+def _add_tensor(
+    graph: onnx.GraphProto, tensor: onnx.TensorProto, plan: Plan, operands: Mapping[str, np.ndarray]
+) -> None:
+    """Add an initializer: sliced, with a new value, or as it is; and the slices that other readers need of it."""
+    if tensor.name in operands:
+        graph.initializer.append(_with_value(tensor, operands[tensor.name], tensor.name))
+    elif tensor.name in plan.initializers:
+        graph.initializer.append(_sliced(tensor, plan.initializers[tensor.name], tensor.name))
+    else:
+        graph.initializer.append(tensor)
+    for own, slices in plan.initializers.items():
+        if own.startswith(tensor.name + "@"):
+            graph.initializer.append(_sliced(tensor, slices, own))
+
+
+def _edit_constant(
+    graph: onnx.GraphProto, node: onnx.NodeProto, plan: Plan, operands: Mapping[str, np.ndarray]
+) -> None:
+    name = node.output[0]
+    tensor = constant_tensor(node)
+    for own, slices in plan.initializers.items():
+        if own.startswith(name + "@"):
+            graph.initializer.append(_sliced(tensor, slices, own))
+    if name in operands:
+        tensor = _with_value(tensor, operands[name], tensor.name)
+    elif name in plan.initializers:
+        tensor = _sliced(tensor, plan.initializers[name], tensor.name)
+    else:
+        return
+    del node.attribute[:]
+    node.attribute.append(helper.make_attribute("value", tensor))
+
+
+def _sliced(tensor: onnx.TensorProto, slices: Slices, name: str) -> onnx.TensorProto:
+    return _with_value(tensor, take(numpy_helper.to_array(tensor), slices, name), name)
+
+
+def _with_value(tensor: onnx.TensorProto, value: np.ndarray, name: str) -> onnx.TensorProto:
+    """Return a tensor with another value that keeps everything else (documentation, metadata) of ``tensor``."""
+    changed = numpy_helper.from_array(np.ascontiguousarray(value), name)
+    if changed.data_type != tensor.data_type:
+        raise ModelError(f"{name}: data type {tensor.data_type} cannot be sliced")
+    changed.doc_string = tensor.doc_string
+    changed.metadata_props.extend(tensor.metadata_props)
+    return changed
+
+
+def _set_attribute(node: onnx.NodeProto, name: str, value: object) -> None:
+    kept = [attribute for attribute in node.attribute if attribute.name != name]
+    if value is not None:
+        kept.append(helper.make_attribute(name, value))
+    copies = [onnx.AttributeProto.FromString(attribute.SerializeToString()) for attribute in kept]
+    del node.attribute[:]
+    node.attribute.extend(copies)
+
+
+def _set_operand(
+    graph: onnx.GraphProto, node: onnx.NodeProto, index: int, operands: Mapping[str, np.ndarray], value: np.ndarray
+) -> None:
+    """Give a shape operand its new value: in place where every reader agrees, else as a copy for this reader."""
+    name = node.input[index] if index < len(node.input) else ""
+    if name in operands:
+        return
+    while len(node.input) <= index:
+        node.input.append("")
+    node.input[index] = f"{name or index}@{node.output[0]}"
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), node.input[index]))
+
+
+def _update_shapes(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray) -> None:
+    """Correct the declared shape of every tensor whose axes shrank (and of initializers listed as inputs, IR 3)."""
+    view, model = View(coupling, keep), coupling.model
+    dims = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.value_info, *graph.input):
+        name = value.name
+        after: Shape | None = dims.get(name)
+        if after is None and name in coupling.ledger.layouts:
+            after = view.after(name)
+        if after is None or name not in model.shapes or not value.type.HasField("tensor_type"):
+            continue
+        for dim, old, new in zip(value.type.tensor_type.shape.dim, model.shapes[name], after, strict=False):
+            if old != new and dim.HasField("dim_value"):
+                dim.dim_value = new

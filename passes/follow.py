@@ -1,0 +1,210 @@
+"""Follow: what else must change when axes shrink: attributes, shape constants, shape arithmetic.
+
+Shape arithmetic is evaluated again on the new shapes; only values that no longer agree with what the operators need are
+patched, at the constant they come from. What cannot be patched is reported, so that coupling freezes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from onnxprune import ops
+from onnxprune.coupling import Coupling
+from onnxprune.labels import Reason
+from onnxprune.model import Model, Node, Shape
+from onnxprune.ops import Edit
+
+_PASSES_ELEMENTS = frozenset(("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten"))
+
+
+class View:
+    """A coupling under a keep mask, as rewrite rules see it (see :class:`onnxprune.ops.Change`)."""
+
+    def __init__(self, coupling: Coupling, keep: np.ndarray) -> None:
+        self._coupling, self._keep = coupling, keep
+        self._model = coupling.model
+        self.opset = self._model.opset
+        self._after: dict[str, Shape] = {}
+
+    def before(self, name: str) -> Shape:
+        """Shape in the original."""
+        return self._model.shapes[name]
+
+    def after(self, name: str) -> Shape:
+        """Shape in the pruned graph."""
+        if name not in self._after:
+            layout = self._coupling.ledger.layouts.get(name)
+            if layout is None and self._model.constant(name) is not None:
+                layout = self._constant_layout(name)
+            if layout is None:
+                self._after[name] = self._model.shapes[name]
+            else:
+                kept = self._coupling.kept
+                self._after[name] = tuple(len(kept(axis, self._keep)) if axis else 1 for axis in layout.axes)
+        return self._after[name]
+
+    def _constant_layout(self, name: str):
+        node, index = self._model.consumers[name][0]
+        return self._coupling.ledger.input(node, index, ())
+
+    def kept(self, name: str, axis: int) -> np.ndarray:
+        """Kept indices of an axis."""
+        constant = self._model.constant(name)
+        layout = self._coupling.ledger.layout(name) if constant is None else self._constant_layout(name)
+        return self._coupling.kept(layout.axes[axis], self._keep)
+
+    def original(self, name: str) -> np.ndarray | None:
+        """Value in the original."""
+        return self._model.value(name)
+
+    def value(self, name: str) -> np.ndarray | None:
+        """Value in the pruned graph, unless somebody edits it."""
+        return self._model.value(name) if name not in self._model.static else self.values.get(name)
+
+    @cached_property
+    def values(self) -> Mapping[str, np.ndarray]:
+        """All shape arithmetic, evaluated on the new shapes."""
+        if self._model.arithmetic is None:
+            return {}
+        leaves = {n.inputs[0] for n in self._model.nodes if n.op in ("Shape", "Size") and n.key in self._model.static}
+        return self._model.arithmetic({name: self.after(name) for name in leaves})
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """Everything to edit besides slicing.
+
+    Attributes
+    ----------
+    attributes
+        By node key: attribute name to value; None removes it.
+    inputs
+        By (node key, input index): the constant that must stand there.
+    failures
+        Nodes whose needs cannot be met, with the cause.
+    """
+
+    attributes: dict[str, dict[str, object]] = field(default_factory=dict)
+    inputs: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    failures: list[tuple[Node, str]] = field(default_factory=list)
+
+
+def follow(coupling: Coupling, keep: np.ndarray) -> Edits:
+    """Collect what every node needs under ``keep`` (bool per class)."""
+    view, edits = View(coupling, keep), Edits()
+    for node in coupling.model.nodes:
+        if node.key in coupling.model.static or node.key in coupling.model.aliases:
+            continue
+        for edit in ops.rewrite(node, view):
+            if isinstance(edit.where, str):
+                edits.attributes.setdefault(node.key, {})[edit.where] = edit.value
+            elif not _patch(coupling, view, node, edit, edits):
+                edits.failures.append((node, f"its {node.op} operand is computed by arithmetic that would not follow"))
+    return edits
+
+
+def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
+    """Labels whose removal would change values that nothing can correct.
+
+    A trial plan removes a different odd number of channels from every group; arithmetic that still agrees under it follows
+    by itself.
+    """
+    if coupling.model.arithmetic is None or coupling.frozen.all():
+        return []
+    keep = np.ones(coupling.n_classes, bool)
+    for number, group in enumerate(coupling.groups):
+        if group.frozen is None:
+            keep[group.classes[: min(2 * number + 1, group.size - 1) % group.size]] = False
+    found = []
+    for node, text in follow(coupling, keep).failures:
+        names = [name for name in (*node.inputs, *node.outputs) if name in coupling.ledger.layouts]
+        labels = [a.labels for n in names for axis in coupling.axes(n) for a in axis if a.labels is not None]
+        labels = [part for part in labels if not coupling.frozen[coupling.classes[part]].all()]
+        if labels:
+            found.append((np.concatenate(labels), Reason(node.title, node.op, node.key, text)))
+    return found + _changed_data(coupling, View(coupling, keep))
+
+
+def _changed_data(coupling: Coupling, view: View) -> list[tuple[np.ndarray, Reason]]:
+    """Shape-derived numbers that enter the arithmetic on data (attention scales) are pinned: what they count stays."""
+    model, found = coupling.model, []
+    for node in model.nodes:
+        if node.key in model.static or node.key in model.aliases or ops.reads_shapes(node):
+            continue
+        for name in node.inputs:
+            if name in model.static and not np.array_equal(model.static_values[name], view.values[name]):
+                labels = [
+                    atom.labels
+                    for source in _measured(coupling, name)
+                    for axis in coupling.axes(source)
+                    for atom in axis
+                    if atom.labels is not None
+                ]
+                if labels:
+                    text = "its length enters the computation on values"
+                    found.append((np.concatenate(labels), Reason(node.title, node.op, name, text)))
+    return found
+
+
+def _measured(coupling: Coupling, name: str) -> set[str]:
+    """Tensors whose shape a static value depends on."""
+    node = coupling.model.producer.get(name)
+    if node is None:
+        return set()
+    if node.op in ("Shape", "Size"):
+        return {node.inputs[0]} & coupling.ledger.layouts.keys()
+    return set().union(*(_measured(coupling, source) for source in node.inputs if source))
+
+
+def _depends_on_shapes(model: Model, name: str) -> bool:
+    """Whether a static value follows any tensor's shape; if not it is a constant that nobody folded."""
+    node = model.producer.get(name)
+    if node is None or name not in model.static:
+        return False
+    return node.op in ("Shape", "Size") or any(_depends_on_shapes(model, source) for source in node.inputs if source)
+
+
+def _patch(coupling: Coupling, view: View, node: Node, edit: Edit, edits: Edits) -> bool:
+    """Meet a required operand: directly where it is a constant, else at the constants its elements come from."""
+    index, required = int(edit.where), np.asarray(edit.value)
+    name = node.inputs[index] if node.has(index) else ""
+    if not name or coupling.model.constant(name) is not None or not _depends_on_shapes(coupling.model, name):
+        edits.inputs[node.key, index] = required
+        return True
+    now = view.values.get(name)
+    if now is None or now.shape != required.shape:
+        return False
+    for element in np.flatnonzero(now.ravel() != required.ravel()):
+        leaf = _leaf(coupling, view, node, index, int(element))
+        if leaf is None:
+            return False
+        reader, operand, position = leaf
+        source = view.original(reader.inputs[operand])
+        patched = edits.inputs.setdefault((reader.key, operand), source.copy())
+        patched.reshape(-1)[position] = required.ravel()[element]
+    return True
+
+
+def _leaf(coupling: Coupling, view: View, reader: Node, index: int, element: int) -> tuple[Node, int, int] | None:
+    """Follow one element of an operand back to the constant it is copied from, along tensors nobody else reads."""
+    name = reader.inputs[index]
+    if coupling.model.constant(name) is not None:
+        return reader, index, element
+    node = coupling.model.producer.get(name)
+    if node is None or len(coupling.model.consumers[name]) > 1:
+        return None
+    if node.op in _PASSES_ELEMENTS:
+        return _leaf(coupling, view, node, 0, element)
+    if node.op == "Concat":
+        for operand, source in enumerate(node.inputs):
+            value = view.original(source)
+            if value is None or value.ndim != 1:
+                return None
+            if element < value.size:
+                return _leaf(coupling, view, node, operand, element)
+            element -= value.size
+    return None

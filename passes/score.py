@@ -1,0 +1,150 @@
+"""Score: how important each channel is, from its weights alone.
+
+Per member tensor the norm of the channel's slice is divided by that tensor's mean norm, so that layers compare; over members
+the maximum counts, because every member must agree to lose the channel ("magnitude < threshold" in the paper's words).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+import numpy as np
+
+from onnxprune.coupling import Coupling, Member
+from onnxprune.errors import ModelError, UsageError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Importance per class, float64 of shape ``(n_classes,)``; ``members`` counts the tensors that produce the channel."""
+
+    value: np.ndarray
+    members: np.ndarray
+
+
+def _l1(w: np.ndarray) -> np.ndarray:
+    return np.abs(w).sum((0, 2))
+
+
+def _l2(w: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("anb,anb->n", w, w, dtype=np.float32, optimize=False))
+
+
+def _max(w: np.ndarray) -> np.ndarray:
+    return np.abs(w).max((0, 2))
+
+
+def _geometric_median(w: np.ndarray) -> np.ndarray:
+    """Sum of distances to all other slices: small for a slice that others can replace (He et al. 2019, FPGM)."""
+    rows = np.moveaxis(w, 1, 0).reshape(w.shape[1], -1).astype(np.float64)
+    square = np.einsum("ij,ij->i", rows, rows)
+    return np.sqrt(np.maximum(square[:, None] + square - 2 * rows @ rows.T, 0)).sum(1)
+
+
+CRITERIA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "l1": _l1,
+    "l2": _l2,
+    "max": _max,
+    "geometric-median": _geometric_median,
+}
+NAMES = (*CRITERIA, "bn-scale", "random")
+
+
+_MIXING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def criterion(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Find a norm by name: built in, or a Python entry point of group ``onnxprune.criteria``.
+
+    A norm takes a weight of shape ``(a, n, b)`` whose middle axis holds the channels and returns ``n`` values.
+    """
+    if name in CRITERIA:
+        return CRITERIA[name]
+    for entry in entry_points(group="onnxprune.criteria", name=name):
+        return entry.load()
+    raise UsageError(f"--criterion {name}: unknown; choose from {', '.join(NAMES)}")
+
+
+def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scores:
+    """Score every channel.
+
+    Raises
+    ------
+    ModelError
+        A weight holds NaN or infinity, so that nothing can be ranked.
+    """
+    n = coupling.n_classes
+    value, members = np.full(n, -1.0), np.zeros(n, np.int64)
+    if criterion_name == "random":
+        return Scores(np.random.default_rng(seed).random(n), np.ones(n, np.int64))
+    norm = CRITERIA["l2"] if criterion_name == "bn-scale" else criterion(criterion_name)
+    scales = _batch_norm_scales(coupling) if criterion_name == "bn-scale" else frozenset()
+    prunable = ~coupling.frozen
+    gains = _batch_norm_gains(coupling)
+    ranked = [m for m in coupling.members if prunable[m.classes].any()]
+    for choice in (_is_scale(scales), _produces(coupling), _consumes(coupling), lambda member: True):
+        open_classes = value < 0
+        for member in ranked:
+            if choice(member) and open_classes[member.classes].any():
+                present, norms = _norms(coupling, member, norm, gains.get((member.tensor, member.axis), 1.0))
+                value[present] = np.maximum(value[present], np.where(open_classes[present], norms, value[present]))
+                members[present] += open_classes[present]
+    return Scores(np.maximum(value, 0.0), members)
+
+
+def _norms(
+    coupling: Coupling, member: Member, norm: Callable[[np.ndarray], np.ndarray], factor: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Classes on a member axis, and the norm of each class's slices over the tensor's mean norm."""
+    weight = coupling.model.constants[member.tensor].load()
+    if weight.dtype != np.float32:
+        weight = weight.astype(np.float32)
+    shape = weight.shape
+    before = int(np.prod(shape[: member.axis], dtype=np.int64))
+    values = np.asarray(norm(weight.reshape(before, shape[member.axis], -1)), np.float64)
+    if not np.isfinite(values).all():
+        raise ModelError(f"{member.tensor}: holds NaN or infinite weights; nothing can be ranked by them")
+    values = values * factor
+    present, inverse = np.unique(member.classes, return_inverse=True)
+    total = np.bincount(inverse, values)
+    mean = total.mean()
+    return present, total / mean if mean > 0 else total
+
+
+def _is_scale(scales: frozenset[str]) -> Callable[[Member], bool]:
+    return lambda member: member.tensor in scales
+
+
+def _produces(coupling: Coupling) -> Callable[[Member], bool]:
+    return lambda member: not member.ends and not coupling.model.constants[member.tensor].is_vector
+
+
+def _consumes(coupling: Coupling) -> Callable[[Member], bool]:
+    return lambda member: not coupling.model.constants[member.tensor].is_vector
+
+
+def _batch_norm_scales(coupling: Coupling) -> frozenset[str]:
+    model = coupling.model
+    found = (node.inputs[1] for node in model.nodes if node.op == "BatchNormalization")
+    return frozenset(model.aliases.get(name, name) for name in found)
+
+
+def _batch_norm_gains(coupling: Coupling) -> dict[tuple[str, int], np.ndarray]:
+    """Per weight axis, the factor of the BatchNormalization right behind it: a folded model then ranks alike."""
+    model, gains = coupling.model, {}
+    ends = {(m.tensor, m.axis) for m in coupling.members if m.ends}
+    for node in model.nodes:
+        producer = model.producer.get(node.inputs[0]) if node.op == "BatchNormalization" else None
+        if producer is None or len(producer.inputs) < 2 or len(model.consumers[node.inputs[0]]) > 1:
+            continue
+        weight = model.constant(producer.inputs[1])
+        scale, variance = model.constant(node.inputs[1]), model.constant(node.inputs[4])
+        if weight is None or scale is None or variance is None or producer.op not in _MIXING:
+            continue
+        gain = np.abs(scale.load()) / np.sqrt(variance.load() + node.attributes.get("epsilon", 1e-5))
+        for axis, size in enumerate(weight.shape[:2]):
+            if (weight.name, axis) not in ends and size == len(gain):
+                gains[weight.name, axis] = gain
+    return gains

@@ -1,0 +1,223 @@
+"""Segments: short runs of the original's nodes and of the pruned graph's, as models of their own.
+
+Every segment starts from fresh random input, so that an error shows where it is made instead of fading on its way to the
+output. Weights are fed, not stored, so that they are never copied and can be tampered with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxprune.coupling import Coupling
+from onnxprune.model import Model, Node
+
+MAX_NODES = 32
+MAX_BYTES = 64 << 20  # of intermediate tensors, beyond which a segment ends
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+DISCONTINUOUS = frozenset(["Ceil", "Floor", "Round", "Sign", "Mod", "QuantizeLinear", "DynamicQuantizeLinear"])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Consecutive nodes; ``entries`` are read but not computed here, ``compared`` are the floats computed here."""
+
+    nodes: tuple[Node, ...]
+    entries: tuple[str, ...]
+    compared: tuple[str, ...]
+
+
+def segments(model: Model) -> Iterator[Segment]:
+    """Cut the graph into segments.
+
+    A segment ends behind a node whose output jumps (comparisons, rounding, integers): rounding errors would otherwise flip
+    it in one graph and not in the other. What follows starts from the same random values in both.
+    """
+    run: list[Node] = []
+    size = 0
+    for node in model.nodes:
+        if node.key in model.static or node.key in model.aliases:
+            continue
+        run.append(node)
+        size += sum(4 * int(np.prod(model.shapes.get(name, ()))) for name in node.outputs if name)
+        if len(run) >= MAX_NODES or size >= MAX_BYTES or _jumps(model, node):
+            yield _segment(model, run)
+            run, size = [], 0
+    if run:
+        yield _segment(model, run)
+
+
+def halves(model: Model, segment: Segment) -> tuple[Segment, Segment]:
+    """Cut a segment in the middle."""
+    middle = len(segment.nodes) // 2
+    return _segment(model, segment.nodes[:middle]), _segment(model, segment.nodes[middle:])
+
+
+def _jumps(model: Model, node: Node) -> bool:
+    return node.op in DISCONTINUOUS or any(
+        model.types.get(name, TensorProto.FLOAT) not in FLOATS for name in node.outputs if name
+    )
+
+
+def _segment(model: Model, run: Sequence[Node]) -> Segment:
+    own = {name for node in run for name in node.outputs if name}
+    read = dict.fromkeys(name for node in run for name in (*node.inputs, *node.captured) if name)
+    entries = tuple(n for n in read if n not in own and model.constant(n) is None and n not in model.static)
+    compared = tuple(
+        name
+        for node in run
+        for name in node.outputs
+        if name and model.types.get(name, TensorProto.FLOAT) in FLOATS and node.op not in DISCONTINUOUS
+    )
+    return Segment(tuple(run), entries, compared)
+
+
+def plain_graph(
+    original: onnx.ModelProto,
+    model: Model,
+    protos: Sequence[onnx.NodeProto],
+    outputs: Sequence[str],
+    entries: Sequence[str],
+) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Serialise nodes as a model, with its constants as inputs; return the constants beside it."""
+    read = dict.fromkeys(name for proto in protos for name in _reads(proto) if name)
+    own = {name for proto in protos for name in proto.output}
+    constants, baked = {}, []
+    inputs = [helper.make_tensor_value_info(n, model.types.get(n, TensorProto.FLOAT), model.shapes[n]) for n in entries]
+    for name in read:
+        if name in own or name in entries:
+            continue
+        value = model.value(name)
+        if value is None:
+            continue
+        if np.issubdtype(value.dtype, np.floating) and value.ndim > 0:
+            constants[name] = value
+            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+            inputs.append(helper.make_tensor_value_info(name, kind, value.shape))
+        else:
+            baked.append(numpy_helper.from_array(value, name))
+    graph = helper.make_graph(protos, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], baked)
+    proto = helper.make_model(graph, opset_imports=original.opset_import, ir_version=max(original.ir_version, 8))
+    proto.functions.extend(original.functions)
+    return proto.SerializeToString(), constants
+
+
+def _reads(proto: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node and its bodies read."""
+    yield from proto.input
+    for attribute in proto.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for node in graph.node:
+                yield from _reads(node)
+            yield from (output.name for output in graph.output)
+
+
+def masked_nodes(
+    coupling: Coupling, keep: np.ndarray, protos: Sequence[onnx.NodeProto], nodes: Sequence[Node]
+) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    """Return the original's nodes with every ending axis masked immediately before the operator that ends it.
+
+    Masking is ``Where(mask, x, 0)``: a product would keep NaN. Where statistics run over the axis (means, norms, maxima)
+    the operator is redefined instead: it sees the kept channels alone, and its output is spread back onto all of them.
+    """
+    out: list[onnx.NodeProto] = []
+    constants: dict[str, np.ndarray] = {}
+    endings: dict[str, list] = {}
+    for contraction in coupling.contractions:
+        endings.setdefault(contraction.node.key, []).append(contraction)
+    for proto, node in zip(protos, nodes, strict=True):
+        copy = onnx.NodeProto()
+        copy.CopyFrom(proto)
+        mine = endings.get(node.key, ())
+        if any(c.redefined and _shrinks(coupling, keep, node, c.input) for c in mine):
+            out += _redefined(coupling, keep, copy, node, constants)
+            continue
+        for c in mine:
+            axes = coupling.axes(node.inputs[c.input])
+            kept = coupling.kept(axes[c.axis], keep)
+            size = coupling.model.shapes[node.inputs[c.input]][c.axis]
+            if len(kept) == size:
+                continue
+            shape = [1] * len(axes)
+            shape[c.axis] = size
+            mask = np.zeros(size, bool)
+            mask[kept] = True
+            name = f"{node.key}/masked{c.input}.{c.axis}"
+            constants[f"{name}/keep"] = mask.reshape(shape)
+            constants[f"{name}/zero"] = np.zeros((), _dtype(coupling.model, node.inputs[c.input]))
+            source = copy.input[c.input]
+            out.append(helper.make_node("Where", [f"{name}/keep", source, f"{name}/zero"], [name]))
+            copy.input[c.input] = name
+        out.append(copy)
+    return out, constants
+
+
+def _shrinks(coupling: Coupling, keep: np.ndarray, node: Node, index: int) -> bool:
+    axes = coupling.axes(node.inputs[index])
+    return any(len(coupling.kept(axis, keep)) < max(1, _size(axis)) for axis in axes)
+
+
+def _size(axis) -> int:
+    return int(np.prod([atom.size for atom in axis], dtype=np.int64))
+
+
+def _redefined(
+    coupling: Coupling, keep: np.ndarray, proto: onnx.NodeProto, node: Node, constants: dict[str, np.ndarray]
+) -> list[onnx.NodeProto]:
+    """The operator on the kept channels alone, its output spread back with zeros."""
+    before, after = [], []
+    for index, name in enumerate(node.inputs):
+        if not name or name in coupling.model.static:
+            continue
+        constant = coupling.model.constant(name)
+        if constant is not None and not constant.floating:
+            continue
+        axes = coupling.ledger.input(node, index, ()).axes
+        for position, axis in enumerate(axes):
+            kept = coupling.kept(axis, keep)
+            if len(kept) < _size(axis):
+                fresh = f"{node.key}/kept{index}.{position}"
+                constants[f"{fresh}/indices"] = kept
+                before.append(
+                    helper.make_node("Gather", [proto.input[index], f"{fresh}/indices"], [fresh], axis=position)
+                )
+                proto.input[index] = fresh
+    for index, name in enumerate(node.outputs):
+        current = name
+        for position, axis in enumerate(coupling.axes(name) if name else ()):
+            kept = coupling.kept(axis, keep)
+            if len(kept) < _size(axis):
+                fresh = f"{node.key}/spread{index}.{position}"
+                place = np.zeros(_size(axis), np.int64)
+                place[kept] = np.arange(len(kept))
+                constants[f"{fresh}/indices"] = place
+                after.insert(0, helper.make_node("Gather", [fresh, f"{fresh}/indices"], [current], axis=position))
+                current = fresh
+        if name:
+            proto.output[index] = current
+    return [*before, proto, *after]
+
+
+def _dtype(model: Model, name: str) -> np.dtype:
+    return np.dtype(helper.tensor_dtype_to_np_dtype(model.types.get(name, TensorProto.FLOAT)))
+
+
+def random_entries(
+    model: Model, entries: Sequence[str], rng: np.random.Generator, *, positive: bool
+) -> Mapping[str, np.ndarray]:
+    """Random values for a segment's entries: normal floats with a mean per tensor, integers 0 or 1, random booleans."""
+    values = {}
+    for name in entries:
+        shape, dtype = model.shapes[name], _dtype(model, name)
+        if dtype == np.bool_:
+            values[name] = rng.random(shape) < 0.5
+        elif np.issubdtype(dtype, np.integer):
+            values[name] = rng.integers(0, 2, shape).astype(dtype)
+        else:
+            noise = rng.standard_normal(shape, np.float32)
+            values[name] = (np.abs(noise) + 0.5 if positive else noise + 0.25).astype(dtype)
+    return values

@@ -1,0 +1,226 @@
+"""Select: which channels to keep so that the model fits its budget, and nothing more could be kept.
+
+Threshold of group g = lambda * e(g)^alpha * balance(g). All channels are therefore ordered by
+``score / (e^alpha * balance)``; lambda is found by bisection on that order, then whatever still fits is restored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import ceil
+
+import numpy as np
+from onnxprune.passes.score import Scores
+
+from onnxprune.cost import KINDS, Cost
+from onnxprune.coupling import Coupling, Group
+from onnxprune.errors import BudgetError
+
+KEEP_SHARE = 1 / 8
+"""Share of every group's channels that presets b, c and d never remove ("keep layer depth")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """How thresholds adapt: ``floor`` share of channels to keep, ``alpha`` exponent of MAC efficiency, balancing."""
+
+    floor: float
+    alpha: float
+    balance: bool
+
+
+PRESETS = {
+    "a": Preset(0.0, 0.0, balance=False),
+    "b": Preset(KEEP_SHARE, 0.0, balance=False),
+    "c": Preset(KEEP_SHARE, 1.0, balance=False),
+    "d": Preset(KEEP_SHARE, 1.0, balance=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a user allows: see the options of the same names.
+
+    Attributes
+    ----------
+    align
+        Kept channels of a group are a multiple of this, or all of them.
+    min_channels, max_prune
+        Least number to keep and largest share to remove, per group.
+    """
+
+    align: int = 1
+    min_channels: int = 1
+    max_prune: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """Channels to keep, and the lowest cost that was possible.
+
+    Attributes
+    ----------
+    keep
+        Bool of shape ``(n_classes,)``.
+    floor
+        Cost per budgeted kind with everything removed that may be.
+    order
+        Effective score (``score / (e^alpha * balance)``) per class.
+    """
+
+    keep: np.ndarray
+    floor: Mapping[str, float]
+    order: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+def select(
+    coupling: Coupling, cost: Cost, scores: Scores, budget: Mapping[str, float], preset: Preset, limits: Limits
+) -> Selection:
+    """Choose the channels to keep so that the model fits the budget.
+
+    Parameters
+    ----------
+    budget
+        Upper bound per kind of cost (a key of ``cost.terms``), absolute.
+
+    Raises
+    ------
+    BudgetError
+        Frozen layers and limits alone exceed the budget.
+    """
+    n = coupling.n_classes
+    groups = [group for group in coupling.groups if group.frozen is None]
+    order = effective_scores(cost, scores, groups, preset)
+    channels, ends, owner = _removal_order(groups, order, preset, limits)
+
+    def kept(n_units: int) -> np.ndarray:
+        keep = np.ones(n, bool)
+        keep[channels[: ends[n_units]]] = False
+        return keep
+
+    def fits(keep: np.ndarray) -> bool:
+        counts = cost.counts(keep)
+        return all(cost.total(kind, counts) <= limit for kind, limit in budget.items())
+
+    all_removed = cost.counts(kept(len(owner)))
+    floor = {kind: cost.total(kind, all_removed) for kind in budget}
+    low, high = 0, len(owner)
+    if not fits(kept(high)):
+        raise _out_of_reach(coupling, cost, kept(high), floor, budget)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(kept(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    return Selection(_restore(cost, kept(low), channels, ends, owner[:low], budget), floor, order)
+
+
+def lowest(coupling: Coupling, cost: Cost, preset: Preset, limits: Limits) -> dict[str, float]:
+    """Cost of every kind with everything removed that may be."""
+    keep = np.ones(coupling.n_classes, bool)
+    for group in coupling.groups:
+        if group.frozen is None:
+            keep[group.classes[: _cuts(group.size, preset, limits)[-1]]] = False
+    counts = cost.counts(keep)
+    return {kind: cost.total(kind, counts) for kind in KINDS}
+
+
+def effective_scores(cost: Cost, scores: Scores, groups: list[Group], preset: Preset) -> np.ndarray:
+    """Return ``score / (e^alpha * balance)`` per class.
+
+    ``e(g)`` is the MAC saved per weight removed by one channel of g, over the network's own ratio.
+    ``balance(g)`` raises the threshold of groups that several tensors must agree on: as the maximum over m members lies
+    higher and closer together than a single norm, g's channel of rank p is compared by the p-quantile of the channels that
+    one tensor alone decides. At every lambda such a group thus gives up the same share as those do.
+    """
+    order = scores.value.copy()
+    if preset.balance:
+        shared = [group for group in groups if scores.members[group.classes].max() > 1]
+        single = [group for group in groups if scores.members[group.classes].max() <= 1]
+        pool = np.concatenate([np.zeros(0), *(scores.value[group.classes] for group in single or groups)])
+        for group in shared:
+            rank = np.argsort(np.argsort(scores.value[group.classes], kind="stable"), kind="stable")
+            order[group.classes] = np.quantile(pool, (rank + 0.5) / group.size)
+    if preset.alpha:
+        full = cost.counts(np.ones(len(order), bool))
+        mac, weights = (cost.total(kind, full) for kind in ("mac", "weights"))
+        for group in groups:
+            atoms, times = cost.increment(group.classes[0])
+            less = full.copy()
+            less[atoms] -= times
+            saved = mac - cost.total("mac", less)
+            removed = weights - cost.total("weights", less)
+            if saved > 0 and removed > 0:
+                order[group.classes] /= (saved / removed * weights / mac) ** preset.alpha
+    return order
+
+
+def _removal_order(
+    groups: list[Group], order: np.ndarray, preset: Preset, limits: Limits
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Units in the order in which they go: their channels end to end, where each unit ends, and its group."""
+    runs, scores, sizes, owner = [], [], [], []
+    for number, group in enumerate(groups):
+        ascending = group.classes[np.argsort(order[group.classes], kind="stable")]
+        cuts = np.array(_cuts(group.size, preset, limits))
+        if len(cuts) > 1:
+            means = np.add.reduceat(order[ascending], cuts[:-1])
+            means[-1] -= order[ascending[cuts[-1] :]].sum()
+            scores.append(np.maximum.accumulate(means / np.diff(cuts)))
+            runs.append(ascending[: cuts[-1]])
+            sizes.append(np.diff(cuts))
+            owner.append(np.full(len(cuts) - 1, number))
+    if not runs:
+        return np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64)
+    flat_sizes, flat_owner = np.concatenate(sizes), np.concatenate(owner)
+    turn = np.argsort(np.concatenate(scores), kind="stable")
+    place = np.empty(len(turn), np.int64)
+    place[turn] = np.arange(len(turn))
+    channels = np.concatenate(runs)[np.argsort(np.repeat(place, flat_sizes), kind="stable")]
+    return channels, np.concatenate([[0], np.cumsum(flat_sizes[turn])]), flat_owner[turn]
+
+
+def _cuts(size: int, preset: Preset, limits: Limits) -> list[int]:
+    """Numbers of channels that may be removed from a group, ascending from zero."""
+    least = max(1, limits.min_channels, ceil(preset.floor * size), ceil((1 - limits.max_prune) * size - 1e-9))
+    kept = range(size - 1, least - 1, -1)
+    return [0, *(size - left for left in kept if left % limits.align == 0)]
+
+
+def _restore(
+    cost: Cost, keep: np.ndarray, channels: np.ndarray, ends: np.ndarray, owner: np.ndarray, budget: Mapping[str, float]
+) -> np.ndarray:
+    """Put back the best units that still fit; a group whose next unit does not fit never will."""
+    counts = cost.counts(keep)
+    full: set[int] = set()
+    for unit in range(len(owner) - 1, -1, -1):
+        if int(owner[unit]) in full:
+            continue
+        mine = channels[ends[unit] : ends[unit + 1]]
+        more = counts.copy()
+        for channel in mine:
+            atoms, times = cost.increment(channel)
+            more[atoms] += times
+        if all(cost.total(kind, more) <= limit for kind, limit in budget.items()):
+            keep[mine], counts = True, more
+        else:
+            full.add(int(owner[unit]))
+    return keep
+
+
+def _out_of_reach(
+    coupling: Coupling, cost: Cost, keep: np.ndarray, floor: Mapping[str, float], budget: Mapping[str, float]
+) -> BudgetError:
+    kind = next(kind for kind, limit in budget.items() if floor[kind] > limit)
+    counts = cost.counts(keep)
+    macs = cost.layers.values(counts)
+    culprits = tuple(cost.works[i].node.title for i in np.argsort(-macs, kind="stable")[:3])
+    full = cost.total(kind, cost.counts(np.ones(coupling.n_classes, bool)))
+    message = (
+        f"target out of reach: {budget[kind] / full:.4g} of {kind} requested, but {floor[kind] / full:.4g} remains with "
+        f"everything removed that may be; most of it in {', '.join(culprits)}. "
+        f'See "onnxprune inspect" for what is frozen and why; another --preset or fewer limits may help'
+    )
+    return BudgetError(message, floor[kind], culprits)
