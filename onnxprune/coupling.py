@@ -12,6 +12,12 @@ from onnxprune.labels import Axis, Contraction, Ledger, Reason
 from onnxprune.model import Model
 
 
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Distinct integers, ascending. ``numpy.unique`` hashes, which is several times slower on long arrays."""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Member:
     """One axis of one constant: ``classes[i]`` is the class of index i; ``ends`` where channels end in it."""
@@ -131,13 +137,13 @@ class Coupling:
 def _groups(coupling: Coupling) -> Iterable[Group]:
     """Classes with the same set of atoms form a group; equal sets are found by hashing."""
     ledger, n = coupling.ledger, coupling.n_classes
-    arrays = [coupling.classes[labels] for labels in ledger.atoms]
+    arrays = list({array.tobytes(): array for array in (coupling.classes[labels] for labels in ledger.atoms)}.values())
     if not arrays:
         return
     rng = np.random.default_rng(0)
     marks = rng.integers(0, 2**62, len(arrays), dtype=np.int64)
     owner = np.repeat(np.arange(len(arrays)), [len(array) for array in arrays])
-    pairs = np.unique(np.concatenate(arrays) * len(arrays) + owner)
+    pairs = distinct(np.concatenate(arrays) * len(arrays) + owner)
     signature = np.zeros(n, np.int64)
     with np.errstate(over="ignore"):
         np.add.at(signature, pairs // len(arrays), marks[pairs % len(arrays)])
@@ -158,9 +164,13 @@ def _groups(coupling: Coupling) -> Iterable[Group]:
     rank = np.argsort(np.argsort(first))
     of_class[mine] = rank[inverse.ravel()]
     members: dict[int, dict[tuple[str, int], None]] = {}
+    met: dict[bytes, list[int]] = {}
     for member in coupling.members:
-        for group in np.unique(of_class[member.classes]):
-            members.setdefault(int(group), {})[member.tensor, member.axis] = None
+        key = member.classes.tobytes()
+        if key not in met:
+            met[key] = distinct(of_class[member.classes]).tolist()
+        for group in met[key]:
+            members.setdefault(group, {})[member.tensor, member.axis] = None
     order = np.argsort(of_class[mine], kind="stable")
     for number, classes in enumerate(np.split(mine[order], np.cumsum(np.bincount(of_class[mine]))[:-1])):
         index = coupling.reason[classes[0]]

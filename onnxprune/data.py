@@ -39,6 +39,8 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 _IMAGES = frozenset([".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 _WANTED = {"label": ("label", "labels"), "target": ("target", "targets")}
 
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+
 Shape = tuple[int | str | None, ...]
 Inputs = Mapping[str, tuple[Shape, np.dtype]]
 
@@ -146,9 +148,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise FileError(f"{path}: damaged, or not what its name says ({error}); write it again") from error
 
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-
-
 @dataclass(frozen=True, eq=False)
 class _Entry:
     """An array in a file, of which only the header has been read."""
@@ -220,7 +219,10 @@ def _tensor(path: Path) -> tuple[str, np.ndarray]:
             raise FileError(f"{path}: not an ONNX tensor") from error
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise FileError(f"{path}: keeps its values in another file, which is not read; store them inside")
-        return tensor.name, numpy_helper.to_array(tensor)
+        try:
+            return tensor.name, numpy_helper.to_array(tensor)
+        except (TypeError, ValueError) as error:
+            raise FileError(f"{path}: not a complete ONNX tensor ({error})") from error
 
 
 def _picture(path: Path, shape: Shape) -> np.ndarray:
@@ -454,7 +456,7 @@ def _feed(items: list[_Item], inputs: Inputs, encoding: _Encoding, whole: bool) 
         array = encoding.input(f"{items[0].where}: input {name!r}", array, dtype)
         if not whole and (missing := max(_fixed_batches(inputs), default=0) - len(array)) > 0:
             array = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-        feed[name] = np.ascontiguousarray(array)
+        feed[name] = np.asarray(array, order="C")
     return feed
 
 

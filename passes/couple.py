@@ -13,7 +13,7 @@ import numpy as np
 from onnxprune.passes.follow import unfollowed
 
 from onnxprune import ops
-from onnxprune.coupling import Coupling, Group
+from onnxprune.coupling import Coupling, Group, distinct
 from onnxprune.labels import Ledger, Reason, Split
 from onnxprune.model import Model, Node
 
@@ -63,12 +63,12 @@ def walk(model: Model, start: Callable[[Node, int, int], np.ndarray | None] | No
 
 def components(n: int, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Smallest label of each label's connected component: vectorised hooking and pointer jumping."""
-    pairs = list(pairs)
     parent = np.arange(n)
-    if not pairs:
+    aligned = [(x, y) if x.shape == y.shape else np.broadcast_arrays(x, y) for x, y in pairs]
+    if not aligned:
         return parent
-    a = np.concatenate([np.broadcast_to(x, np.broadcast_shapes(x.shape, y.shape)).ravel() for x, y in pairs])
-    b = np.concatenate([np.broadcast_to(y, np.broadcast_shapes(x.shape, y.shape)).ravel() for x, y in pairs])
+    a = np.concatenate([x.ravel() for x, _ in aligned])
+    b = np.concatenate([y.ravel() for _, y in aligned])
     while len(a):
         a, b = parent[a], parent[b]
         differ = a != b
@@ -87,7 +87,8 @@ def solve(ledger: Ledger) -> Coupling:
         fixed[root[labels]] = True
     ties, rows = _decide(ledger.splits, root, fixed)
     root = components(ledger.n_labels, [*ledger.ties, *ties])
-    kept, classes = np.unique(root, return_inverse=True)
+    kept = distinct(root)
+    classes = np.searchsorted(kept, root)
     reason = np.full(len(kept), -1)
     reasons = [reason for _, reason in ledger.frozen]
     for index in range(len(ledger.frozen) - 1, -1, -1):

@@ -33,8 +33,8 @@ class Preset:
 PRESETS = {
     "a": Preset(0.0, 0.0, balance=False),
     "b": Preset(KEEP_SHARE, 0.0, balance=False),
-    "c": Preset(KEEP_SHARE, 1.0, balance=False),
-    "d": Preset(KEEP_SHARE, 1.0, balance=True),
+    "c": Preset(KEEP_SHARE, 0.5, balance=False),
+    "d": Preset(KEEP_SHARE, 0.5, balance=True),
 }
 
 
@@ -130,7 +130,9 @@ def lowest(coupling: Coupling, cost: Cost, preset: Preset, limits: Limits) -> di
 def effective_scores(cost: Cost, scores: Scores, groups: list[Group], preset: Preset) -> np.ndarray:
     """Return ``score / (e^alpha * balance)`` per class.
 
-    ``e(g)`` is the MAC saved per weight removed by one channel of g, over the network's own ratio.
+    ``e(g)`` is the MAC saved per weight removed by one channel of g, over the network's own ratio. Scores of one layer may
+    lie within 3 % or span decades, and MAC per weight spans a factor of 256 in a U-Net, so the exponent is measured in
+    standard deviations: log e varies across groups, times alpha, as much as log scores vary within groups.
     ``balance(g)`` raises the threshold of groups that several tensors must agree on: as the maximum over m members lies
     higher and closer together than a single norm, g's channel of rank p is compared by the p-quantile of the channels that
     one tensor alone decides. At every lambda such a group thus gives up the same share as those do.
@@ -143,18 +145,31 @@ def effective_scores(cost: Cost, scores: Scores, groups: list[Group], preset: Pr
         for group in shared:
             rank = np.argsort(np.argsort(scores.value[group.classes], kind="stable"), kind="stable")
             order[group.classes] = np.quantile(pool, (rank + 0.5) / group.size)
-    if preset.alpha:
-        full = cost.counts(np.ones(len(order), bool))
-        mac, weights = (cost.total(kind, full) for kind in ("mac", "weights"))
-        for group in groups:
-            atoms, times = cost.increment(group.classes[0])
-            less = full.copy()
-            less[atoms] -= times
-            saved = mac - cost.total("mac", less)
-            removed = weights - cost.total("weights", less)
-            if saved > 0 and removed > 0:
-                order[group.classes] /= (saved / removed * weights / mac) ** preset.alpha
+    if preset.alpha and groups:
+        efficiency = np.array([_mac_per_weight(cost, group) for group in groups])
+        spread = np.concatenate([_log_deviation(order[group.classes]) for group in groups]).std()
+        alpha = preset.alpha * spread / max(1.0, float(np.log(efficiency).std()))
+        for group, ratio in zip(groups, efficiency, strict=True):
+            order[group.classes] /= ratio**alpha
     return order
+
+
+def _mac_per_weight(cost: Cost, group: Group) -> float:
+    """MAC saved per weight removed by one channel of a group, over the network's own ratio."""
+    full = cost.counts(np.ones(cost.coupling.n_classes, bool))
+    atoms, times = cost.increment(group.classes[0])
+    less = full.copy()
+    less[atoms] -= times
+    saved, removed = (cost.total(kind, full) - cost.total(kind, less) for kind in ("mac", "weights"))
+    if saved <= 0 or removed <= 0:
+        return 1.0
+    return saved / removed * cost.total("weights", full) / cost.total("mac", full)
+
+
+def _log_deviation(scores: np.ndarray) -> np.ndarray:
+    """Deviation of log scores from their group's mean."""
+    logs = np.log(np.maximum(scores, 1e-6))
+    return logs - logs.mean()
 
 
 def _removal_order(
