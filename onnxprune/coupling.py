@@ -105,7 +105,9 @@ class Coupling:
         """Labelled axes of constants."""
         ended: set[int] = set()
         for c in self.ledger.contractions:
-            ended.update(id(atom) for atom in self.ledger.input(c.node, c.input, ()).axes[c.axis])
+            name = c.node.inputs[c.input]
+            if self.model.constant(name) is not None or name in self.ledger.derived:
+                ended.update(id(atom) for atom in self.ledger.input(c.node, c.input, ()).axes[c.axis])
         return tuple(
             Member(name, axis, self.classes[atom.labels], id(atom) in ended)
             for (name, _, _), axes in self.ledger.constants.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 from google.protobuf.message import Message
@@ -33,3 +35,13 @@ def copy_fields(source: Message, target: Message, leave_out: tuple[str, ...]) ->
             getattr(target, field.name).CopyFrom(value)
         else:
             setattr(target, field.name, value)
+
+
+def reads(proto: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node and its bodies read."""
+    yield from proto.input
+    for attribute in proto.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for node in graph.node:
+                yield from reads(node)
+            yield from (output.name for output in graph.output)

@@ -17,7 +17,7 @@ from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError, ProofError
 from onnxprune.model import Shape
 from onnxprune.plan import Plan, Slices
-from onnxprune.protos import constant_tensor, copy_fields
+from onnxprune.protos import constant_tensor, copy_fields, reads
 
 
 def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarray) -> onnx.ModelProto:
@@ -60,6 +60,7 @@ def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarr
             _set_attribute(added, name, value)
         for index in sorted(index for edited, index in edits.inputs if edited == key):
             _set_operand(pruned.graph, added, index, operands, edits.inputs[key, index])
+    _drop_unread(model.graph, pruned.graph)
     _update_shapes(pruned.graph, coupling, keep)
     return pruned
 
@@ -155,6 +156,22 @@ def _set_operand(
         node.input.append("")
     node.input[index] = f"{name or index}@{node.output[0]}"
     graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), node.input[index]))
+
+
+def _drop_unread(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:
+    """Remove what only fed operands that have been replaced; what nobody read in the original stays."""
+    outputs = {output.name for output in graph.output}
+    read_before = {name for node in original.node for name in reads(node)}
+    while True:
+        unread = read_before - {name for node in graph.node for name in reads(node)} - outputs
+        nodes = [i for i, node in enumerate(graph.node) if unread.issuperset(filter(None, node.output))]
+        tensors = [i for i, tensor in enumerate(graph.initializer) if tensor.name in unread]
+        for index in reversed(nodes):
+            del graph.node[index]
+        for index in reversed(tensors):
+            del graph.initializer[index]
+        if not nodes:
+            return
 
 
 def _update_shapes(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray) -> None:

@@ -132,21 +132,18 @@ def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
 def _changed_data(coupling: Coupling, view: View) -> list[tuple[np.ndarray, Reason]]:
     """Shape-derived numbers that enter the arithmetic on data (attention scales) are pinned: what they count stays."""
     model, found = coupling.model, []
+    uses = [("output", "output", name) for name in model.outputs]
     for node in model.nodes:
-        if node.key in model.static or node.key in model.aliases or ops.reads_shapes(node):
-            continue
-        for name in node.inputs:
-            if name in model.static and not np.array_equal(model.static_values[name], view.values[name]):
-                labels = [
-                    atom.labels
-                    for source in _measured(coupling, name)
-                    for axis in coupling.axes(source)
-                    for atom in axis
-                    if atom.labels is not None
-                ]
-                if labels:
-                    text = "its length enters the computation on values"
-                    found.append((np.concatenate(labels), Reason(node.title, node.op, name, text)))
+        if node.key not in model.static and node.key not in model.aliases:
+            data = () if ops.reads_shapes(node) else node.inputs
+            uses += [(node.title, node.op, name) for name in (*data, *node.captured)]
+    for title, op, name in uses:
+        if name in model.static and not np.array_equal(model.static_values[name], view.values[name]):
+            axes = [axis for source in _measured(coupling, name) for axis in coupling.axes(source)]
+            labels = [atom.labels for axis in axes for atom in axis if atom.labels is not None]
+            if labels:
+                text = "its length enters the computation on values"
+                found.append((np.concatenate(labels), Reason(title, op, name, text)))
     return found
 
 
@@ -161,11 +158,13 @@ def _measured(coupling: Coupling, name: str) -> set[str]:
 
 
 def _depends_on_shapes(model: Model, name: str) -> bool:
-    """Whether a static value follows any tensor's shape; if not it is a constant that nobody folded."""
+    """Whether a static value follows a computed tensor's shape; if not it is a constant that nobody folded."""
     node = model.producer.get(name)
     if node is None or name not in model.static:
         return False
-    return node.op in ("Shape", "Size") or any(_depends_on_shapes(model, source) for source in node.inputs if source)
+    if node.op in ("Shape", "Size"):
+        return model.constant(node.inputs[0]) is None
+    return any(_depends_on_shapes(model, source) for source in node.inputs if source)
 
 
 def _patch(coupling: Coupling, view: View, node: Node, edit: Edit, edits: Edits) -> bool:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.coupling import Coupling
 from onnxprune.model import Model, Node
+from onnxprune.protos import reads
 
 MAX_NODES = 32
 MAX_BYTES = 64 << 20  # of intermediate tensors, beyond which a segment ends
@@ -84,7 +85,7 @@ def plain_graph(
     entries: Sequence[str],
 ) -> tuple[bytes, dict[str, np.ndarray]]:
     """Serialise nodes as a model, with its constants as inputs; return the constants beside it."""
-    read = dict.fromkeys(name for proto in protos for name in _reads(proto) if name)
+    read = dict.fromkeys(name for proto in protos for name in reads(proto) if name)
     own = {name for proto in protos for name in proto.output}
     constants, baked = {}, []
     inputs = [helper.make_tensor_value_info(n, model.types.get(n, TensorProto.FLOAT), model.shapes[n]) for n in entries]
@@ -104,16 +105,6 @@ def plain_graph(
     proto = helper.make_model(graph, opset_imports=original.opset_import, ir_version=max(original.ir_version, 8))
     proto.functions.extend(original.functions)
     return proto.SerializeToString(), constants
-
-
-def _reads(proto: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node and its bodies read."""
-    yield from proto.input
-    for attribute in proto.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for node in graph.node:
-                yield from _reads(node)
-            yield from (output.name for output in graph.output)
 
 
 def masked_nodes(

@@ -54,6 +54,18 @@ def _resolve(target: np.ndarray, source: Shape, keep_zero: bool) -> Shape | None
     return tuple(sizes) if -1 not in sizes and int(np.prod(sizes)) == total else None
 
 
+@rewrites("Squeeze")
+def squeeze_axes(node: Node, change: Change) -> list[Edit]:
+    """A Squeeze that names no axes would also drop a channel axis of which one channel is left."""
+    if node.has(1) or "axes" in node.attributes:
+        return []
+    before, after = change.before(node.inputs[0]), change.after(node.inputs[0])
+    axes = [axis for axis, size in enumerate(before) if size == 1]
+    if after.count(1) == len(axes):
+        return []
+    return [Edit("axes", axes) if change.opset < 13 else Edit(1, np.array(axes, np.int64))]
+
+
 @couples("Expand", "Tile")
 def repeat(node: Node, ledger: Ledger) -> None:
     """Copies along a new axis are free to shrink (Expand); copies of channels carry the same labels (Tile)."""
