@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import click
@@ -23,6 +24,7 @@ from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
 from onnxprune.report import Report, text
 
+PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -186,7 +188,7 @@ def prune(model: str, out: str, **given: Any) -> None:
         if given["plan_out"]:
             onnx_io.write(given["plan_out"], json.dumps(plan.to_json(), indent=1).encode())
         if given["latency"]:
-            done = replace(done, latency_ms=pipeline.latency(model, out, done.input_shapes, options.provider))
+            done = pipeline.with_latency(done, options.provider)
         _finish(console, done, given, text.summary)
         if failed:
             raise QualityError(f"{failed}; {out} was written because of --keep-going")
@@ -240,7 +242,7 @@ def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
     with _run(given) as (console, options):
         with _progress(given) as progress:
             done = pipeline.verify(original, pruned, plan, options, progress)
-        _finish(console, done, given, text.summary)
+        _finish(console, done, given, partial(text.summary, verb="verified"))
 
 
 @commands.command()
@@ -278,7 +280,10 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
 def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, pipeline.Options]]:
     """Build options, and turn errors into an exit code, a message and an ``error`` object in the JSON report."""
     try:
-        yield Console(stderr=given["json_path"] == "-", soft_wrap=False), _options(given)
+        console = Console(stderr=given["json_path"] == "-")
+        if not console.is_terminal:
+            console.width = PIPE_WIDTH
+        yield console, _options(given)
     except OnnxPruneError as error:
         _fail(error, given, str(error))
     except (KeyboardInterrupt, click.exceptions.Abort):
@@ -339,7 +344,10 @@ def _progress(given: Mapping[str, Any]) -> Iterator[pipeline.Progress]:
 def _finish(console: Console, done: Report, given: Mapping[str, Any], show: Callable[..., None]) -> None:
     _write_json(given["json_path"], done.to_json())
     if not given["quiet"]:
-        show(console, done, verbose=given["verbose"])
+        with console.capture() as shown:
+            show(console, done, verbose=given["verbose"])
+        lines = (line.rstrip() for line in shown.get().splitlines())
+        click.echo("\n".join(lines), err=console.stderr, color=console.is_terminal or None)
 
 
 def _write_json(path: str | None, content: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from onnxprune.model import Constant, Model, Node, Shape
 from onnxprune.protos import constant_tensor
 
 SMALL = 4096  # elements: integer constants up to this size stay readable to shape inference and shape arithmetic
+MAX_PROTOBUF = 2**31 - 1  # bytes that protobuf serialises at most
 TRIED_SIZES = (64, 32, 16, 128, 224, 256, 8)  # for dynamic axes nobody gave a size for
 _INTEGERS = (2, 3, 4, 5, 6, 7, 9, 12, 13)  # TensorProto data types: integers and bool
 # fmt: off
@@ -89,6 +90,8 @@ def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
     FileError
         The folder or the file cannot be written, or the disk is full.
     """
+    if model.ByteSize() >= MAX_PROTOBUF:
+        raise ModelError(f"{path}: the pruned model is larger than 2 GB, which a single file cannot hold; prune further")
     write(path, model.SerializeToString(deterministic=True))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -360,11 +360,14 @@ def read_plan(plan: Plan | str | os.PathLike) -> Plan:
         raise FileError(f"{plan}: the plan cannot be read ({error})") from error
 
 
-def latency(
-    before: str | os.PathLike, after: str | os.PathLike, shapes: Mapping[str, Sequence[int]], provider: str = ""
-) -> tuple[float, ...]:
-    """Median milliseconds of both models, measured in turn after a warm-up."""
-    return runtime.compare_latency([str(before), str(after)], shapes, provider)
+def with_latency(done: Report, provider: str = "") -> Report:
+    """Measure both files of a finished run side by side, and add their median milliseconds to its report."""
+    files = [str(done.input["path"]), str(done.output["path"])]
+    before, after = runtime.compare_latency(files, done.input_shapes, provider)
+    notes = done.notes
+    if after > before and done.after["mac"] < done.before["mac"]:
+        notes = (*notes, "fewer MAC, but not faster here: onnxruntime computes in blocks of channels; try --align 16")
+    return replace(done, latency_ms=(before, after), notes=notes)
 
 
 def _apply_and_prove(

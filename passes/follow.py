@@ -18,6 +18,7 @@ from onnxprune.labels import Reason
 from onnxprune.model import Model, Node, Shape
 from onnxprune.ops import Edit
 
+TRIALS = 3
 _PASSES_ELEMENTS = frozenset(("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten"))
 
 
@@ -110,15 +111,25 @@ def follow(coupling: Coupling, keep: np.ndarray) -> Edits:
 def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
     """Labels whose removal would change values that nothing can correct.
 
-    A trial plan removes a different odd number of channels from every group; arithmetic that still agrees under it follows
-    by itself.
+    Trial plans remove random numbers of channels from every group; arithmetic that still agrees under all of them follows by
+    itself.
     """
     if coupling.model.arithmetic is None or coupling.frozen.all():
         return []
-    keep = np.ones(coupling.n_classes, bool)
-    for number, group in enumerate(coupling.groups):
-        if group.frozen is None:
-            keep[group.classes[: min(2 * number + 1, group.size - 1) % group.size]] = False
+    rng = np.random.default_rng(0)
+    for _ in range(TRIALS):
+        keep = np.ones(coupling.n_classes, bool)
+        for group in coupling.groups:
+            if group.frozen is None and group.size > 1:
+                keep[group.classes[: rng.integers(1, group.size)]] = False
+        found = _failing(coupling, keep) + _changed_data(coupling, View(coupling, keep))
+        if found:
+            return found
+    return []
+
+
+def _failing(coupling: Coupling, keep: np.ndarray) -> list[tuple[np.ndarray, Reason]]:
+    """Unfrozen labels around the nodes whose needs cannot be met under ``keep``."""
     found = []
     for node, text in follow(coupling, keep).failures:
         names = [name for name in (*node.inputs, *node.outputs) if name in coupling.ledger.layouts]
@@ -126,7 +137,7 @@ def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
         labels = [part for part in labels if not coupling.frozen[coupling.classes[part]].all()]
         if labels:
             found.append((np.concatenate(labels), Reason(node.title, node.op, node.key, text)))
-    return found + _changed_data(coupling, View(coupling, keep))
+    return found
 
 
 def _changed_data(coupling: Coupling, view: View) -> list[tuple[np.ndarray, Reason]]:

@@ -27,7 +27,7 @@ def number(value: float) -> str:
     return f"{value:g}"
 
 
-def summary(console: Console, report: Report, *, verbose: bool = False) -> None:
+def summary(console: Console, report: Report, *, verbose: bool = False, verb: str = "written") -> None:
     """Show what a run did: costs before and after, proof, quality, latency, and where the result is."""
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report.input_shapes.items())
     console.print(f"input    {shapes}", highlight=False)
@@ -42,12 +42,15 @@ def summary(console: Console, report: Report, *, verbose: bool = False) -> None:
         before_q, after_q = report.quality
         table.add_row(before_q.metric, f"{before_q.value:.4g}", f"{after_q.value:.4g}", "")
     console.print(table)
+    layers(console, report.layers, limit=None if verbose else 12)
+    if verbose:
+        groups(console, report.groups)
+    frozen(console, report.frozen, limit=None if verbose else 3)
+    console.print()
     for line in _facts(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if verbose:
-        layers(console, report.layers)
-        groups(console, report.groups)
-        frozen(console, report.frozen)
+    if report.output.get("path"):
+        console.print(f"{verb:9}{report.output['path']}", highlight=False, markup=False, soft_wrap=True)
 
 
 def inspection(console: Console, report: Report, *, verbose: bool = False) -> None:
@@ -68,12 +71,12 @@ def inspection(console: Console, report: Report, *, verbose: bool = False) -> No
 def layers(console: Console, rows: Sequence[Layer], *, before_only: bool = False, limit: int | None = None) -> None:
     """Show channels, MAC and weights of every layer."""
     if before_only:
-        table = _table(console, "layer", "op", "channels", "MAC", "weights", left=2)
+        table = _table(console, "layer", "op", "channels", "MAC", "weights", align="ll")
         for row in rows[:limit]:
             cells = (str(row.channels_before), number(row.mac_before), number(row.weights_before))
             table.add_row(row.node, row.op, *cells)
     else:
-        table = _table(console, "layer", "op", "channels", "MAC", "weights", left=2)
+        table = _table(console, "layer", "op", "channels", "MAC", "weights", align="ll")
         for row in rows[:limit]:
             table.add_row(
                 row.node,
@@ -88,7 +91,7 @@ def layers(console: Console, rows: Sequence[Layer], *, before_only: bool = False
 def groups(console: Console, rows: Sequence[GroupRow], *, limit: int | None = None) -> None:
     """Show which channels live or die together."""
     free = [row for row in rows if row.frozen is None]
-    table = _table(console, "group", "channels", "kept", "tensors", "first member", left=1)
+    table = _table(console, "group", "channels", "kept", "tensors", "first member", align="lrrrl")
     for row in free[:limit]:
         first = f"{row.members[0][0]} axis {row.members[0][1]}" if row.members else ""
         table.add_row(row.id, str(row.size), str(row.kept), str(len(row.members)), first)
@@ -97,7 +100,7 @@ def groups(console: Console, rows: Sequence[GroupRow], *, limit: int | None = No
 
 def frozen(console: Console, rows: Sequence[FrozenRow], *, limit: int | None = None) -> None:
     """Show what cannot be removed, why, and what multiply-accumulates it concerns."""
-    table = _table(console, "frozen at", "op", "why", "MAC", left=3)
+    table = _table(console, "frozen at", "op", "why", "MAC", align="lll")
     for row in rows[:limit]:
         table.add_row(row.node or row.tensor, row.op, row.reason, number(row.mac))
     _show(console, "frozen", table, len(rows), limit)
@@ -127,16 +130,15 @@ def _facts(report: Report) -> list[str]:
         if report.weights == "changed":
             lines.append("         weight values differ from the original's (trained or compensated)")
     lines += [f"note     {note}" for note in report.notes]
-    if report.output.get("path"):
-        lines.append(f"written  {report.output['path']}")
     return lines
 
 
-def _table(console: Console, *columns: str, left: int = 1) -> Table:
+def _table(console: Console, *columns: str, align: str = "l") -> Table:
+    """Make a table; ``align`` holds l or r per column, r where it is shorter."""
     plain = not console.is_terminal
     table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, header_style="" if plain else "bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for column, side in zip(columns, align.ljust(len(columns), "r"), strict=True):
+        table.add_column(column, justify="left" if side == "l" else "right", overflow="fold")
     return table
 
 

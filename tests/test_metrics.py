@@ -1,0 +1,196 @@
+"""Metrics equal their definitions, refuse what they cannot compare, and are found by name."""
+
+import math
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from onnxprune import metrics
+from onnxprune.errors import UsageError
+from onnxprune.metrics import METRICS, Metric, View, cosine, find, mse, psnr, ssim, top1
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+DOUBLED = Metric("doubled", lambda one, other: 2 * mse(one, other), False, "target")
+
+
+def pictures(*shape: int, seed: int = 0) -> np.ndarray:
+    """Draw seeded uniform pictures in 0..1."""
+    return np.random.default_rng(seed).random(shape)
+
+
+@pytest.mark.parametrize(
+    ("function", "prediction", "target", "expected"),
+    [
+        pytest.param(mse, [[1, 2]], [[1, 4]], [2], id="mse"),
+        pytest.param(psnr, [[0.0, 0.1]], [[0.0, 0.0]], [10 * math.log10(1 / 0.005)], id="psnr"),
+        pytest.param(psnr, [[0.5]], [[0.5]], [100], id="psnr-identical"),
+        pytest.param(psnr, [[0.5 + 1e-7]], [[0.5]], [100], id="psnr-never-above-identical"),
+        pytest.param(cosine, [[1, 0], [1, 1]], [[0, 1], [2, 2]], [0, 1], id="cosine"),
+        pytest.param(cosine, [[1, 2]], [[-2, -4]], [-1], id="cosine-opposite"),
+        pytest.param(cosine, [[0, 0], [0, 0]], [[0, 0], [1, 0]], [1, 0], id="cosine-of-zeros"),
+        pytest.param(top1, [[0.1, 0.9], [0.8, 0.2]], [1, 1], [100, 0], id="top1"),
+        pytest.param(top1, [[[[0.1]], [[0.9]]]], [1], [100], id="top1-with-empty-positions"),
+        pytest.param(top1, [[[0.1, 0.7], [0.9, 0.3]]], [[1, 1]], [50], id="top1-per-position"),
+    ],
+)
+def test_value_per_sample(function, prediction, target, expected) -> None:
+    """Each function returns the defined value for each sample of axis 0."""
+    value = function(np.asarray(prediction), np.asarray(target))
+    np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_psnr_is_the_mean_of_decibels() -> None:
+    """Each sample has its own PSNR: the mean over samples is not the PSNR of the pooled error."""
+    value = psnr(np.array([[0.1], [0.01]]), np.zeros((2, 1)))
+    np.testing.assert_allclose(value, [20, 40], rtol=1e-12)
+
+
+@given(arrays(np.float64, (2, 1, 12, 12), elements=st.floats(0, 1)), st.sampled_from([2.0, 255.0]))
+def test_peak_rescales(picture: np.ndarray, peak: float) -> None:
+    """Pictures in 0..peak have the PSNR and SSIM that the same pictures have in 0..1."""
+    target = pictures(2, 1, 12, 12)
+    for function in (psnr, ssim):
+        scaled = function(picture * peak, target * peak, peak=peak)
+        np.testing.assert_allclose(scaled, function(picture, target), rtol=1e-7, atol=1e-9)
+
+
+@given(arrays(np.float64, (3, 2, 11, 13), elements=st.floats(0, 1)))
+def test_bounds(picture: np.ndarray) -> None:
+    """A picture is most similar to itself, and no value leaves its range."""
+    target = pictures(3, 2, 11, 13)
+    np.testing.assert_allclose(ssim(picture, picture), 1, rtol=0, atol=1e-9)
+    assert (np.abs(ssim(picture, target)) <= 1 + 1e-9).all()
+    assert (np.abs(cosine(picture, target)) <= 1 + 1e-9).all()
+    assert (mse(picture, target) >= 0).all()
+    assert (psnr(picture, picture) == metrics.MAX_DB).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ssim_equals_scikit_image(channels: int) -> None:
+    """SSIM agrees with scikit-image's, with the same window and constants, to 1e-9."""
+    reference = pytest.importorskip("skimage.metrics")
+    target = pictures(2, channels, 40, 31)
+    noisy = np.clip(target + 0.2 * pictures(2, channels, 40, 31, seed=1), 0, 1)
+    expected = [
+        reference.structural_similarity(
+            one, other, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=0
+        )
+        for one, other in zip(noisy, target, strict=True)
+    ]
+    np.testing.assert_allclose(ssim(noisy, target), expected, rtol=0, atol=1e-9)
+
+
+def test_ssim_equals_scikit_image_on_photographs() -> None:
+    """SSIM of the noisy fixture pictures, float32, agrees with scikit-image's to 1e-6."""
+    reference = pytest.importorskip("skimage.metrics")
+    with np.load(FIXTURES / "denoise" / "denoise_eval.npz") as data:
+        noisy, target = data["noisy"], data["target"]
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
+    expected = [
+        reference.structural_similarity(a[0].astype(float), b[0].astype(float), **options)
+        for a, b in zip(noisy, target, strict=True)
+    ]
+    np.testing.assert_allclose(ssim(noisy, target), expected, rtol=0, atol=1e-6)
+
+
+def test_axes_of_length_one_may_differ() -> None:
+    """A target without the channel axis of a one-channel output is the same picture."""
+    picture, target = pictures(2, 1, 5, 4), pictures(2, 5, 4, seed=1)
+    np.testing.assert_array_equal(mse(picture, target), mse(picture[:, 0], target))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        pytest.param(lambda: mse(pictures(2, 3), pictures(2, 4)), r"shape \(3,\), its target \(4,\)", id="shape"),
+        pytest.param(lambda: psnr(pictures(2, 3, 4), pictures(2, 4, 3)), "shaped like", id="transposed"),
+        pytest.param(lambda: ssim(pictures(1, 1, 10, 20), pictures(1, 1, 10, 20)), "11 pixels or more", id="small"),
+        pytest.param(lambda: ssim(pictures(20, 20), pictures(20, 20)), "11 pixels or more", id="not-pictures"),
+        pytest.param(lambda: top1(pictures(2, 3), np.array([0, 3])), "from 0 to 3.*classes 0 to 2", id="class-above"),
+        pytest.param(lambda: top1(pictures(2, 3), np.array([-1, 0])), "from -1 to 0", id="class-below"),
+        pytest.param(lambda: top1(pictures(2, 3), np.array([0, 0, 0])), r"labels of shape \(3,\)", id="label-count"),
+        pytest.param(lambda: top1(pictures(2), np.array([0, 1])), r"scores of shape \(2,\)", id="no-classes"),
+        pytest.param(lambda: View(output="noise"), "'noise' is unknown; choose direct or residual", id="output"),
+        pytest.param(lambda: View(peak=0), "peak 0", id="peak"),
+        pytest.param(lambda: View(border=-1), "border -1", id="border"),
+        pytest.param(lambda: View(border=2).crop(pictures(1, 1, 4, 9)), "leaves nothing", id="border-too-wide"),
+        pytest.param(
+            lambda: View(output="residual").predict(pictures(1, 1, 8, 8), pictures(1, 1, 4, 4)),
+            r"output has shape \(1, 1, 8, 8\), the input \(1, 1, 4, 4\)",
+            id="residual-of-another-size",
+        ),
+    ],
+)
+def test_refusal(call, message: str) -> None:
+    """What cannot be compared is a usage error that names the shapes or values."""
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        pytest.param(View(), [2.0, -1.0], id="direct"),
+        pytest.param(View(clip=True), [1.0, 0.0], id="clip"),
+        pytest.param(View(clip=True, peak=1.5), [1.5, 0.0], id="clip-to-peak"),
+        pytest.param(View(output="residual"), [-1.5, 1.5], id="residual"),
+        pytest.param(View(output="residual", clip=True), [0.0, 1.0], id="residual-then-clip"),
+    ],
+)
+def test_view_reads_the_output(view: View, expected: list[float]) -> None:
+    """A residual is taken from the input, then values are limited to 0..peak."""
+    np.testing.assert_array_equal(view.predict(np.array([[2.0, -1.0]]), np.array([[0.5, 0.5]])), [expected])
+
+
+def test_view_crops_the_last_two_axes() -> None:
+    """The border goes from all four sides of a picture; without one the picture stays."""
+    picture = pictures(1, 3, 8, 9)
+    np.testing.assert_array_equal(View(border=2).crop(picture), picture[:, :, 2:6, 2:7])
+    assert View().crop(picture) is picture
+
+
+def test_registry_states_direction_and_needs() -> None:
+    """Every metric says what is better and what it compares with."""
+    facts = {name: (metric.higher_is_better, metric.needs) for name, metric in METRICS.items()}
+    assert facts == {
+        "psnr": (True, "target"),
+        "ssim": (True, "target"),
+        "top1": (True, "label"),
+        "cosine": (True, "reference"),
+        "mse": (False, "reference"),
+    }
+    assert all(find(name) is metric for name, metric in METRICS.items())
+
+
+def plug_in(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Pretend that a package offers the metric ``doubled`` at ``target``."""
+    entry = EntryPoint("doubled", target, "onnxprune.metrics")
+    monkeypatch.setattr(metrics, "entry_points", lambda group, name="doubled": [entry] if name == "doubled" else [])
+
+
+def test_plug_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry point of the group is a metric like any other."""
+    plug_in(monkeypatch, "example:DOUBLED")
+    monkeypatch.setattr(EntryPoint, "load", lambda _: DOUBLED)
+    assert find("doubled") is DOUBLED
+    assert metrics.names() == (*METRICS, "doubled")
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        pytest.param("nosuch", "math:pi", "nosuch: unknown; choose from psnr, ssim, top1, cosine, mse", id="unknown"),
+        pytest.param("doubled", "no_such_module:metric", "no_such_module:metric does not load", id="broken-plug-in"),
+        pytest.param("doubled", "math:pi", "math:pi is not an onnxprune.metrics.Metric", id="not-a-metric"),
+    ],
+)
+def test_metric_not_found(monkeypatch: pytest.MonkeyPatch, name: str, target: str, message: str) -> None:
+    """A name without a working metric is a usage error that says what there is or what failed."""
+    plug_in(monkeypatch, target)
+    with pytest.raises(UsageError, match=message):
+        find(name)
