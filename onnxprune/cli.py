@@ -8,11 +8,11 @@ import re
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -36,6 +36,21 @@ class DefaultPrune(click.Group):
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
             args = ["prune", *args]
         return super().parse_args(ctx, args)
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any
+    ) -> NoReturn:
+        """Run a command and leave with its exit code; a wrong option costs one line, not click's four."""
+        given = list(sys.argv[1:] if args is None else args) or ["--help"]
+        try:
+            code = super().main(given, prog_name or "onnxprune", standalone_mode=False)
+        except (click.ClickException, OnnxPruneError) as error:
+            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            _fail(error, {"json_path": _json_path(given), "verbose": False}, " ".join(message.split()))
+        except click.exceptions.Abort:
+            click.echo("onnxprune: interrupted; nothing was written", err=True)
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 class Amount(click.ParamType):
@@ -303,10 +318,10 @@ def _fail(error: Exception, given: Mapping[str, Any], message: str) -> None:
         traceback.print_exception(error, file=sys.stderr)
     click.echo(f"onnxprune: {message}", err=True)
     try:
-        _write_json(given["json_path"], report.error_json(error))
+        _write_json(given["json_path"], report.error_json(getattr(error, "exit_code", 1), message))
     except OnnxPruneError as second:
         click.echo(f"onnxprune: {second}", err=True)
-    sys.exit(error.exit_code if isinstance(error, OnnxPruneError) else 1)
+    sys.exit(getattr(error, "exit_code", 1))
 
 
 def _options(given: Mapping[str, Any]) -> pipeline.Options:
@@ -357,10 +372,16 @@ def _write_json(path: str | None, content: Mapping[str, Any]) -> None:
         onnx_io.write(path, json.dumps(content, indent=1).encode())
 
 
+def _json_path(args: Sequence[str]) -> str | None:
+    """Where ``--json`` points in arguments that could not be parsed."""
+    for index, word in enumerate(args):
+        if word == "--json" and index + 1 < len(args):
+            return args[index + 1]
+        if word.startswith("--json="):
+            return word.partition("=")[2]
+    return None
+
+
 def main() -> None:
-    """Run the command line; errors in options found before a command starts keep their exit code."""
-    try:
-        commands(standalone_mode=True)
-    except OnnxPruneError as error:
-        click.echo(f"onnxprune: {error}", err=True)
-        sys.exit(error.exit_code)
+    """Run the command line."""
+    commands.main()

@@ -91,7 +91,9 @@ def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
         The folder or the file cannot be written, or the disk is full.
     """
     if model.ByteSize() >= MAX_PROTOBUF:
-        raise ModelError(f"{path}: the pruned model is larger than 2 GB, which a single file cannot hold; prune further")
+        raise ModelError(
+            f"{path}: the pruned model is larger than 2 GB, which a single file cannot hold; prune further"
+        )
     write(path, model.SerializeToString(deterministic=True))
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
-from onnxprune.errors import OnnxPruneError
 from onnxprune.labels import Axis, length
 from onnxprune.passes.prove import Proof
 from onnxprune.passes.validate import Quality, drop
@@ -143,10 +142,9 @@ def proof_json(proof: Proof, weights: str) -> dict[str, Any]:
     }
 
 
-def error_json(error: Exception) -> dict[str, Any]:
+def error_json(code: int, message: str) -> dict[str, Any]:
     """Return what a failed run reports."""
-    code = error.exit_code if isinstance(error, OnnxPruneError) else 1
-    return {"schema": 1, "error": {"code": code, "message": str(error)}}
+    return {"schema": 1, "error": {"code": code, "message": message}}
 
 
 def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
