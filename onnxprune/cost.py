@@ -6,26 +6,50 @@ Every quantity is a sum of terms ``factor * kept(atom 1) * kept(atom 2) * ...``;
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from onnxprune.coupling import Coupling
+from onnxprune.coupling import Coupling, distinct
 from onnxprune.labels import Axis, Work, fixed
 
 KINDS = ("mac", "weights", "params", "activations", "bandwidth", "bytes")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Terms:
-    """Row i is ``factor[i]`` times the counts of ``atoms[i]``; atom 0 always counts one."""
+    """A sum of products: row i is ``factor[i]`` times the counts of ``atoms[i]``; atom 0 always counts one."""
 
-    factor: np.ndarray
-    atoms: np.ndarray
+    def __init__(self, factor: np.ndarray, atoms: np.ndarray) -> None:
+        self.factor, self.atoms = factor, atoms
 
     def values(self, counts: np.ndarray) -> np.ndarray:
-        """Value of every term, float64."""
+        """Value of every row, float64."""
         return self.factor * counts[self.atoms].prod(1)
+
+    def change(self, counts: np.ndarray, atoms: np.ndarray, times: np.ndarray) -> float:
+        """How much the sum grows when ``counts[atoms]`` grow by ``times``; looks at the rows concerned only."""
+        order, begin = self._rows
+        rows = distinct(np.concatenate([order[begin[atom] : begin[atom + 1]] for atom in atoms]))
+        more = counts.copy()
+        more[atoms] += times
+        mine = self.atoms[rows]
+        return float((self.factor[rows] * (more[mine].prod(1) - counts[mine].prod(1))).sum())
+
+    def slope(self, counts: np.ndarray) -> np.ndarray:
+        """Derivative of the sum by every count."""
+        slope = np.zeros(len(counts))
+        share = self.values(counts)[:, None] / counts[self.atoms]
+        np.add.at(slope, self.atoms, share)
+        return slope
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows in which each atom stands: ``order[begin[a]:begin[a + 1]]``."""
+        flat = self.atoms.ravel()
+        place = np.argsort(flat, kind="stable")
+        most = int(flat.max(initial=0)) + 2
+        width = max(1, self.atoms.shape[1])
+        return place // width, np.searchsorted(flat[place], np.arange(most + 1))
 
 
 class Cost:
@@ -69,9 +93,10 @@ class Cost:
         counts[0] = 1.0
         return counts
 
-    def increment(self, channel: int) -> tuple[np.ndarray, np.ndarray]:
-        """Atoms in which a channel occurs and how often."""
-        return np.unique(self._owner[self._order[self._begin[channel] : self._begin[channel + 1]]], return_counts=True)
+    def increment(self, channels: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """Atoms in which channels occur, and how often in all."""
+        runs = [self._order[self._begin[c] : self._begin[c + 1]] for c in np.atleast_1d(channels)]
+        return np.unique(self._owner[np.concatenate(runs)], return_counts=True)
 
     def total(self, kind: str, counts: np.ndarray) -> float:
         """Cost of one kind for given counts."""

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnxprune.passes.follow import View, follow
 
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError, ProofError
 from onnxprune.model import Shape
+from onnxprune.passes.follow import View, follow
 from onnxprune.plan import Plan, Slices
 from onnxprune.protos import constant_tensor, copy_fields, reads
 

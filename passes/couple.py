@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
-from onnxprune.passes.follow import unfollowed
 
 from onnxprune import ops
 from onnxprune.coupling import Coupling, Group, distinct
 from onnxprune.labels import Ledger, Reason, Split
 from onnxprune.model import Model, Node
+from onnxprune.passes.follow import unfollowed
 
 
 def couple(model: Model, ignore: Sequence[str] = (), only: Sequence[str] = ()) -> Coupling:

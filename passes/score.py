@@ -75,6 +75,7 @@ def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scor
     ModelError
         A weight holds NaN or infinity, so that nothing can be ranked.
     """
+    _refuse_nan(coupling)
     n = coupling.n_classes
     value, members = np.full(n, -1.0), np.zeros(n, np.int64)
     if criterion_name == "random":
@@ -94,6 +95,14 @@ def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scor
     return Scores(np.maximum(value, 0.0), members)
 
 
+def _refuse_nan(coupling: Coupling) -> None:
+    """NaN weights cannot be ranked, nor proved equal to anything."""
+    for name in dict.fromkeys(name for name, _, _ in coupling.ledger.constants):
+        constant = coupling.model.constants[name]
+        if constant.floating and constant.size and np.isnan(np.min(constant.load())):  # a minimum passes NaN on
+            raise ModelError(f"{name}: holds NaN; train or export the model again")
+
+
 def _norms(
     coupling: Coupling, member: Member, norm: Callable[[np.ndarray], np.ndarray], factor: np.ndarray | float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +114,7 @@ def _norms(
     before = int(np.prod(shape[: member.axis], dtype=np.int64))
     values = np.asarray(norm(weight.reshape(before, shape[member.axis], -1)), np.float64)
     if not np.isfinite(values).all():
-        raise ModelError(f"{member.tensor}: holds NaN or infinite weights; nothing can be ranked by them")
+        raise ModelError(f"{member.tensor}: holds infinite weights; nothing can be ranked by them")
     values = values * factor
     present, inverse = np.unique(member.classes, return_inverse=True)
     total = np.bincount(inverse, values)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from math import ceil
 
 import numpy as np
-from onnxprune.passes.score import Scores
 
 from onnxprune.cost import KINDS, Cost
 from onnxprune.coupling import Coupling, Group
 from onnxprune.errors import BudgetError
+from onnxprune.passes.score import Scores
 
 KEEP_SHARE = 1 / 8
 """Share of every group's channels that presets b, c and d never remove ("keep layer depth")."""
@@ -146,7 +146,7 @@ def effective_scores(cost: Cost, scores: Scores, groups: list[Group], preset: Pr
             rank = np.argsort(np.argsort(scores.value[group.classes], kind="stable"), kind="stable")
             order[group.classes] = np.quantile(pool, (rank + 0.5) / group.size)
     if preset.alpha and groups:
-        efficiency = np.array([_mac_per_weight(cost, group) for group in groups])
+        efficiency = _mac_per_weight(cost, groups)
         spread = np.concatenate([_log_deviation(order[group.classes]) for group in groups]).std()
         alpha = preset.alpha * spread / max(1.0, float(np.log(efficiency).std()))
         for group, ratio in zip(groups, efficiency, strict=True):
@@ -154,16 +154,17 @@ def effective_scores(cost: Cost, scores: Scores, groups: list[Group], preset: Pr
     return order
 
 
-def _mac_per_weight(cost: Cost, group: Group) -> float:
-    """MAC saved per weight removed by one channel of a group, over the network's own ratio."""
+def _mac_per_weight(cost: Cost, groups: list[Group]) -> np.ndarray:
+    """MAC saved per weight removed by one channel of each group, over the network's own ratio."""
     full = cost.counts(np.ones(cost.coupling.n_classes, bool))
-    atoms, times = cost.increment(group.classes[0])
-    less = full.copy()
-    less[atoms] -= times
-    saved, removed = (cost.total(kind, full) - cost.total(kind, less) for kind in ("mac", "weights"))
-    if saved <= 0 or removed <= 0:
-        return 1.0
-    return saved / removed * cost.total("weights", full) / cost.total("mac", full)
+    slopes = [cost.terms[kind].slope(full) for kind in ("mac", "weights")]
+    saved, removed = np.ones(len(groups)), np.ones(len(groups))
+    for index, group in enumerate(groups):
+        atoms, times = cost.increment(group.classes[0])
+        mac, weights = (float(times @ slope[atoms]) for slope in slopes)
+        if mac > 0 and weights > 0:
+            saved[index], removed[index] = mac / cost.total("mac", full), weights / cost.total("weights", full)
+    return saved / removed
 
 
 def _log_deviation(scores: np.ndarray) -> np.ndarray:
@@ -209,17 +210,18 @@ def _restore(
 ) -> np.ndarray:
     """Put back the best units that still fit; a group whose next unit does not fit never will."""
     counts = cost.counts(keep)
+    left = {kind: limit - cost.total(kind, counts) for kind, limit in budget.items()}
     full: set[int] = set()
     for unit in range(len(owner) - 1, -1, -1):
         if int(owner[unit]) in full:
             continue
         mine = channels[ends[unit] : ends[unit + 1]]
-        more = counts.copy()
-        for channel in mine:
-            atoms, times = cost.increment(channel)
-            more[atoms] += times
-        if all(cost.total(kind, more) <= limit for kind, limit in budget.items()):
-            keep[mine], counts = True, more
+        atoms, times = cost.increment(mine)
+        growth = {kind: cost.terms[kind].change(counts, atoms, times) for kind in budget}
+        if all(growth[kind] <= left[kind] for kind in budget):
+            keep[mine] = True
+            counts[atoms] += times
+            left = {kind: left[kind] - growth[kind] for kind in budget}
         else:
             full.add(int(owner[unit]))
     return keep

@@ -25,12 +25,9 @@ from onnx import TensorProto, helper, numpy_helper
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "fixtures"))
 
 import architectures
-from onnxprune.passes.couple import couple
+from onnxprune import pipeline
 from onnxprune.passes.score import score
 from onnxprune.passes.select import PRESETS, Limits, lowest, select
-
-from onnxprune import onnx_io
-from onnxprune.cost import Cost
 
 MEASURED = """
 import json, pathlib, sys, time
@@ -45,9 +42,8 @@ print(json.dumps({{"seconds": time.perf_counter() - before, "peak": peak}}))
 def stages(model: onnx.ModelProto, share: float = 0.6) -> dict[str, float] | None:
     """Seconds of reading, coupling, scoring and selecting in this process; None where nothing can be pruned."""
     begin = time.perf_counter()
-    graph = onnx_io.read(model)
-    coupling = couple(graph)
-    cost = Cost(coupling)
+    loaded = pipeline.load(model, pipeline.Options(), pipeline.Clock())
+    coupling, cost = loaded.coupling, loaded.cost
     coupled = time.perf_counter()
     scores = score(coupling)
     scored = time.perf_counter()
@@ -59,7 +55,7 @@ def stages(model: onnx.ModelProto, share: float = 0.6) -> dict[str, float] | Non
     select(coupling, cost, scores, {"mac": max(share * whole, floor)}, PRESETS["d"], Limits())
     end = time.perf_counter()
     return {
-        "nodes": graph.n_nodes,
+        "nodes": coupling.model.n_nodes,
         "couple": coupled - begin,
         "score": scored - coupled,
         "select": end - scored,
