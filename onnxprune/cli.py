@@ -47,9 +47,8 @@ class DefaultPrune(click.Group):
         except (click.ClickException, OnnxPruneError) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
             _fail(error, {"json_path": _json_path(given), "verbose": False}, " ".join(message.split()))
-        except click.exceptions.Abort:
-            click.echo("onnxprune: interrupted; nothing was written", err=True)
-            sys.exit(130)
+        except click.exceptions.Abort as error:
+            _fail(error, {"json_path": _json_path(given), "verbose": False}, "interrupted", code=130)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -301,9 +300,8 @@ def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, pipeline.Options]]
         yield console, _options(given)
     except OnnxPruneError as error:
         _fail(error, given, str(error))
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo("onnxprune: interrupted; nothing was written", err=True)
-        sys.exit(130)
+    except (KeyboardInterrupt, click.exceptions.Abort) as error:
+        _fail(error, given, "interrupted; nothing was written", code=130)
     except click.ClickException:
         raise
     except Exception as error:
@@ -313,15 +311,16 @@ def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, pipeline.Options]]
         _fail(error, given, detail)
 
 
-def _fail(error: Exception, given: Mapping[str, Any], message: str) -> None:
+def _fail(error: BaseException, given: Mapping[str, Any], message: str, code: int | None = None) -> NoReturn:
+    code = getattr(error, "exit_code", 1) if code is None else code
     if given["verbose"]:
         traceback.print_exception(error, file=sys.stderr)
     click.echo(f"onnxprune: {message}", err=True)
     try:
-        _write_json(given["json_path"], report.error_json(getattr(error, "exit_code", 1), message))
+        _write_json(given["json_path"], report.error_json(code, message))
     except OnnxPruneError as second:
         click.echo(f"onnxprune: {second}", err=True)
-    sys.exit(getattr(error, "exit_code", 1))
+    sys.exit(code)
 
 
 def _options(given: Mapping[str, Any]) -> pipeline.Options:

@@ -29,7 +29,8 @@ class Terms:
     def change(self, counts: np.ndarray, atoms: np.ndarray, times: np.ndarray) -> float:
         """How much the sum grows when ``counts[atoms]`` grow by ``times``; looks at the rows concerned only."""
         order, begin = self._rows
-        rows = distinct(np.concatenate([order[begin[atom] : begin[atom + 1]] for atom in atoms]))
+        known = atoms[atoms + 1 < len(begin)]  # others occur in other kinds of cost only
+        rows = distinct(np.concatenate([np.zeros(0, int), *(order[begin[a] : begin[a + 1]] for a in known)]))
         more = counts.copy()
         more[atoms] += times
         mine = self.atoms[rows]
@@ -147,10 +148,10 @@ def _activations(coupling: Coupling, work: Work) -> Iterable[tuple[Axis, ...]]:
 def _constants(coupling: Coupling):
     """Every constant with its axes; a vector that unrelated layers share is counted with its first reader's axes."""
     layouts: dict[str, tuple[Axis, ...]] = {}
-    for name, key, index in coupling.ledger.constants:
+    for name, key in coupling.ledger.constants:
         if name not in layouts:
             constant = coupling.model.constants[name]
-            known = coupling.ledger.constants[name, key, index]
+            known = coupling.ledger.constants[name, key]
             layouts[name] = tuple((known[a],) if a in known else fixed(n) for a, n in enumerate(constant.shape))
     for name, constant in coupling.model.constants.items():
         yield constant, layouts.get(name) or tuple(fixed(size) for size in constant.shape)

@@ -110,15 +110,15 @@ class Coupling:
                 ended.update(id(atom) for atom in self.ledger.input(c.node, c.input, ()).axes[c.axis])
         return tuple(
             Member(name, axis, self.classes[atom.labels], id(atom) in ended)
-            for (name, _, _), axes in self.ledger.constants.items()
+            for (name, _), axes in self.ledger.constants.items()
             for axis, atom in sorted(axes.items())
         )
 
     @cached_property
     def read_whole(self) -> frozenset[str]:
         """Constants that something reads without labels (a body of control flow, a shape operand, the graph's outputs)."""
-        model, labelled = self.model, {(key, name) for name, key, _ in self.ledger.constants}
-        shared = {name for name, key, _ in self.ledger.constants if not key}
+        model, labelled = self.model, {(key, name) for name, key in self.ledger.constants}
+        shared = {name for name, key in self.ledger.constants if not key}
         found = {model.aliases.get(name, name) for name in model.outputs if model.constant(name)}
         for node in model.nodes:
             found.update(model.aliases.get(name, name) for name in node.captured)

@@ -135,7 +135,7 @@ class Ledger:
     contractions: list[Contraction] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
     atoms: list[np.ndarray] = field(default_factory=list)
-    constants: dict[tuple[str, str, int], dict[int, Atom]] = field(default_factory=dict)
+    constants: dict[tuple[str, str], dict[int, Atom]] = field(default_factory=dict)
     n_labels: int = 0
     node: Node | None = None
     derived: set[str] = field(default_factory=set)
@@ -181,7 +181,7 @@ class Ledger:
 
     def _constant_layout(self, constant: Constant, node: Node, index: int, axes: Iterable[int] | None) -> Layout:
         # Vectors are shared by exporters between unrelated layers (equal biases), so each reader has labels of its own.
-        key = (constant.name, node.key, index) if constant.is_vector else (constant.name, "", 0)
+        key = (constant.name, node.key if constant.is_vector else "")
         known = self.constants.setdefault(key, {})
         wanted = range(len(constant.shape)) if axes is None else axes
         for axis in wanted:

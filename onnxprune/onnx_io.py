@@ -170,6 +170,11 @@ def compare(expected: onnx.ModelProto, given: onnx.ModelProto) -> tuple[tuple[st
     return tuple(differences), exact and not differences
 
 
+def n_params(model: onnx.ModelProto) -> int:
+    """Number of elements of all initializers and Constant nodes."""
+    return sum(math.prod(tensor.dims) for tensor in _all_tensors(model.graph))
+
+
 def _all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Initializers, and Constant nodes' tensors under their output's name."""
     yield from graph.initializer

@@ -25,7 +25,7 @@ from onnxprune.passes import validate
 from onnxprune.passes.apply import apply as apply_plan
 from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
-from onnxprune.passes.score import score
+from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import PRESETS, Limits, Selection, lowest, select
 from onnxprune.passes.validate import Quality
 from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan
@@ -180,23 +180,41 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     with clock.stage("score"):
         scores = score(coupling, options.criterion, options.seed)
     with clock.stage("select"):
-        kinds = {_kind(kind): limit - (overhead if kind == "size" else 0) for kind, limit in budget.items()}
-        selection = (
-            Selection(every, floor(loaded, options))
-            if met
-            else select(coupling, cost, scores, kinds, PRESETS[options.preset], options.limits)
-        )
+        if met:
+            selection = Selection(every, floor(loaded, options))
+        else:
+            kinds = {_kind(kind): limit - (overhead if kind == "size" else 0) for kind, limit in budget.items()}
+            selection = _select_to_fit(loaded, scores, kinds, budget, options)
         plan = make_plan(coupling, selection.keep, loaded.sha256)
     if met:
         pruned, proof = loaded.proto, None
     else:
         pruned, proof = _apply_and_prove(loaded, plan, selection.keep, options, progress, clock)
-    after = cost.of(selection.keep)
-    target = _target(options, before, after, selection.floor, overhead)
     notes = (*coupling.model.notes, *(("the model already meets the target; nothing was removed",) if met else ()))
     described = describe(loaded, options, selection.keep, scores.value, clock)
-    described = replace(described, target=target, proof=proof, notes=notes)
-    return Result(pruned, plan, described)
+    size = _file_size(loaded) if met else pruned.ByteSize()
+    after = described.after if met else {**described.after, "params": onnx_io.n_params(pruned)}
+    target = _target(options, before, {**after, "bytes": size - overhead}, selection.floor, overhead)
+    return Result(pruned, plan, replace(described, after=after, target=target, proof=proof, notes=notes))
+
+
+def _select_to_fit(
+    loaded: Loaded, scores: Scores, kinds: Mapping[str, float], budget: Mapping[str, float], options: Options
+) -> Selection:
+    """Select; where copies of shared vectors make the file larger than its terms say, select again with that much less."""
+    kinds = dict(kinds)
+    while True:
+        selection = select(loaded.coupling, loaded.cost, scores, kinds, PRESETS[options.preset], options.limits)
+        if budget.keys() <= {"mac", "bandwidth"}:
+            return selection
+        plan = make_plan(loaded.coupling, selection.keep)
+        written = apply_plan(loaded.proto, loaded.coupling, plan, selection.keep)
+        actual = {"params": onnx_io.n_params(written), "size": written.ByteSize()}
+        over = {kind: actual[kind] - limit for kind, limit in budget.items() if kind in actual}
+        if all(excess <= 0 for excess in over.values()):
+            return selection
+        for kind, excess in over.items():
+            kinds[_kind(kind)] -= max(0, excess)
 
 
 def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> Report:
@@ -466,6 +484,7 @@ def _target(
     for kind, requested in options.targets.items():
         whole = _cost_of(kind, before, overhead)
         unit = whole if requested <= 1 else 1.0
-        achieved, least = _cost_of(kind, after, overhead), _cost_of(kind, lowest, overhead)
+        achieved = _cost_of(kind, after, overhead)
+        least = _cost_of(kind, lowest, overhead)
         return Target(kind, requested, achieved / unit, least / unit, requested <= 1)
     return None

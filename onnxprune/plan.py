@@ -80,7 +80,7 @@ def expected_slices(coupling: Coupling, keep: np.ndarray) -> dict[str, Slices]:
     """
     initializers: dict[str, Slices] = {}
     readers: dict[str, list[tuple[str, Slices]]] = {}
-    for (name, key, _), axes in coupling.ledger.constants.items():
+    for (name, key), axes in coupling.ledger.constants.items():
         slices = {}
         for axis, atom in sorted(axes.items()):
             kept = np.flatnonzero(keep[coupling.classes[atom.labels]])
@@ -107,7 +107,7 @@ def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
         The plan names tensors, axes or indices that the model does not have.
     """
     keep = np.ones(coupling.n_classes, bool)
-    known = {(name, key): axes for (name, key, _), axes in coupling.ledger.constants.items()}
+    known = coupling.ledger.constants
     for full, slices in plan.initializers.items():
         name, _, key = full.partition("@") if full not in coupling.model.constants else (full, "", "")
         uses = [axes for (n, k), axes in known.items() if n == name and (not key or k == key)]

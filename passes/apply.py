@@ -61,6 +61,8 @@ def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarr
         for index in sorted(index for edited, index in edits.inputs if edited == key):
             _set_operand(pruned.graph, added, index, operands, edits.inputs[key, index])
     _drop_unread(model.graph, pruned.graph)
+    if model.ir_version < 4:
+        _list_as_inputs(model.graph, pruned.graph)
     _update_shapes(pruned.graph, coupling, keep)
     return pruned
 
@@ -128,10 +130,11 @@ def _sliced(tensor: onnx.TensorProto, slices: Slices, name: str) -> onnx.TensorP
 
 def _with_value(tensor: onnx.TensorProto, value: np.ndarray, name: str) -> onnx.TensorProto:
     """Return a tensor with another value that keeps everything else (documentation, metadata) of ``tensor``."""
-    changed = numpy_helper.from_array(np.ascontiguousarray(value), name)
+    changed = numpy_helper.from_array(np.asarray(value, order="C"), name)
     if changed.data_type != tensor.data_type:
         raise ModelError(f"{name}: data type {tensor.data_type} cannot be sliced")
-    changed.doc_string = tensor.doc_string
+    if tensor.doc_string:
+        changed.doc_string = tensor.doc_string
     changed.metadata_props.extend(tensor.metadata_props)
     return changed
 
@@ -155,7 +158,7 @@ def _set_operand(
     while len(node.input) <= index:
         node.input.append("")
     node.input[index] = f"{name or index}@{node.output[0]}"
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), node.input[index]))
+    graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), node.input[index]))
 
 
 def _drop_unread(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:
@@ -172,6 +175,17 @@ def _drop_unread(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:
             del graph.initializer[index]
         if not nodes:
             return
+
+
+def _list_as_inputs(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:
+    """Before IR version 4 every initializer stands among the inputs: list the copies, drop those that are gone."""
+    gone = {tensor.name for tensor in original.initializer} - {tensor.name for tensor in graph.initializer}
+    for index in reversed([index for index, value in enumerate(graph.input) if value.name in gone]):
+        del graph.input[index]
+    listed = {value.name for value in graph.input}
+    for tensor in graph.initializer:
+        if tensor.name not in listed:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
 
 
 def _update_shapes(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray) -> None:

@@ -6,7 +6,7 @@ patched, at the constant they come from. What cannot be patched is reported, so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +18,6 @@ from onnxprune.labels import Reason
 from onnxprune.model import Model, Node, Shape
 from onnxprune.ops import Edit
 
-TRIALS = 3
 _PASSES_ELEMENTS = frozenset(("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten"))
 
 
@@ -94,10 +93,10 @@ class Edits:
     failures: list[tuple[Node, str]] = field(default_factory=list)
 
 
-def follow(coupling: Coupling, keep: np.ndarray) -> Edits:
-    """Collect what every node needs under ``keep`` (bool per class)."""
+def follow(coupling: Coupling, keep: np.ndarray, nodes: Iterable[Node] | None = None) -> Edits:
+    """Collect what every node (or each of ``nodes``) needs under ``keep`` (bool per class)."""
     view, edits = View(coupling, keep), Edits()
-    for node in coupling.model.nodes:
+    for node in coupling.model.nodes if nodes is None else nodes:
         if node.key in coupling.model.static or node.key in coupling.model.aliases:
             continue
         for edit in ops.rewrite(node, view):
@@ -111,17 +110,20 @@ def follow(coupling: Coupling, keep: np.ndarray) -> Edits:
 def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
     """Labels whose removal would change values that nothing can correct.
 
-    Trial plans remove random numbers of channels from every group; arithmetic that still agrees under all of them follows by
-    itself.
+    Trial plans remove channels here and not there: in the first from every group, in the others from half of the groups
+    each, so that for any two groups one trial cuts the one and spares the other. Arithmetic that agrees under all of them
+    follows by itself.
     """
-    if coupling.model.arithmetic is None or coupling.frozen.all():
+    groups = [group for group in coupling.groups if group.frozen is None and group.size > 1]
+    if coupling.model.arithmetic is None or not groups:
         return []
     rng = np.random.default_rng(0)
-    for _ in range(TRIALS):
+    numbers = np.arange(len(groups))
+    halves = [numbers >> bit & 1 == side for bit in range(len(groups).bit_length()) for side in (0, 1)]
+    for cut in (numbers >= 0, *halves):
         keep = np.ones(coupling.n_classes, bool)
-        for group in coupling.groups:
-            if group.frozen is None and group.size > 1:
-                keep[group.classes[: rng.integers(1, group.size)]] = False
+        for number in np.flatnonzero(cut):
+            keep[groups[number].classes[: rng.integers(1, groups[number].size)]] = False
         found = _failing(coupling, keep) + _changed_data(coupling, View(coupling, keep))
         if found:
             return found
@@ -129,15 +131,27 @@ def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
 
 
 def _failing(coupling: Coupling, keep: np.ndarray) -> list[tuple[np.ndarray, Reason]]:
-    """Unfrozen labels around the nodes whose needs cannot be met under ``keep``."""
+    """Unfrozen labels around the nodes whose needs cannot be met under ``keep``, else of what their operands measure."""
     found = []
-    for node, text in follow(coupling, keep).failures:
-        names = [name for name in (*node.inputs, *node.outputs) if name in coupling.ledger.layouts]
-        labels = [a.labels for n in names for axis in coupling.axes(n) for a in axis if a.labels is not None]
-        labels = [part for part in labels if not coupling.frozen[coupling.classes[part]].all()]
-        if labels:
-            found.append((np.concatenate(labels), Reason(node.title, node.op, node.key, text)))
+    static = coupling.model.static
+    for node, text in follow(
+        coupling, keep, [n for n in coupling.model.nodes if not static.isdisjoint(n.inputs)]
+    ).failures:
+        around = {name for name in (*node.inputs, *node.outputs) if name in coupling.ledger.layouts}
+        measured = set().union(*(_measured(coupling, name) for name in node.inputs if name in static))
+        for names in (around, measured):
+            labels = _open_labels(coupling, sorted(names))
+            if labels is not None:
+                found.append((labels, Reason(node.title, node.op, node.key, text)))
+                break
     return found
+
+
+def _open_labels(coupling: Coupling, names: Iterable[str]) -> np.ndarray | None:
+    """Labels on the axes of these tensors; None where all of them are frozen."""
+    labels = [atom.labels for name in names for axis in coupling.axes(name) for atom in axis if atom.labels is not None]
+    labels = [part for part in labels if not coupling.frozen[coupling.classes[part]].all()]
+    return np.concatenate(labels) if labels else None
 
 
 def _changed_data(coupling: Coupling, view: View) -> list[tuple[np.ndarray, Reason]]:
@@ -150,11 +164,9 @@ def _changed_data(coupling: Coupling, view: View) -> list[tuple[np.ndarray, Reas
             uses += [(node.title, node.op, name) for name in (*data, *node.captured)]
     for title, op, name in uses:
         if name in model.static and not np.array_equal(model.static_values[name], view.values[name]):
-            axes = [axis for source in _measured(coupling, name) for axis in coupling.axes(source)]
-            labels = [atom.labels for axis in axes for atom in axis if atom.labels is not None]
-            if labels:
-                text = "its length enters the computation on values"
-                found.append((np.concatenate(labels), Reason(title, op, name, text)))
+            labels = _open_labels(coupling, sorted(_measured(coupling, name)))
+            if labels is not None:
+                found.append((labels, Reason(title, op, name, "its length enters the computation on values")))
     return found
 
 

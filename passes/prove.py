@@ -17,6 +17,7 @@ import onnx
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError
 from onnxprune.model import Model, Node
+from onnxprune.passes.apply import take
 from onnxprune.passes.couple import components, walk
 from onnxprune.passes.segments import Segment, halves, masked_nodes, plain_graph, random_entries, segments
 from onnxprune.plan import Plan, expected_slices
@@ -75,7 +76,14 @@ def prove(
     pruned_model
         ``pruned`` as read, at the same input shapes.
     """
+    computed = {name for proto in pruned.graph.node for name in proto.output}
+    gone = [
+        node.title for node in coupling.model.nodes if not _is_arithmetic(coupling, node) and node.key not in computed
+    ]
+    if gone:
+        return Proof(False, 0.0, 0, (), (), (f"{gone[0]}: gone from the pruned graph",))
     violations = check_labels(coupling, pruned_model, plan, keep)
+    changed = check_weights(coupling, pruned_model, plan)
     redefined = tuple(
         dict.fromkeys(
             c.node.title
@@ -100,7 +108,7 @@ def prove(
         tensors=numeric.tensors,
         redefined=redefined,
         insensitive=tuple(numeric.insensitive),
-        failures=(*violations, *numeric.failures),
+        failures=(*violations, *changed, *numeric.failures),
     )
 
 
@@ -110,12 +118,14 @@ def check_labels(coupling: Coupling, pruned: Model, plan: Plan, keep: np.ndarray
         f"{name} axis {axis}: the plan keeps other indices than its group"
         for name, axis in _differing(plan, expected_slices(coupling, keep))
     ]
-    uses = {(name, key, index): axes for (name, key, index), axes in coupling.ledger.constants.items()}
+    uses = coupling.ledger.constants
 
     def start(node: Node, index: int, axis: int) -> np.ndarray | None:
+        if not node.inputs:  # outputs of the graph: what is frozen in the original is frozen already
+            return None
         full = pruned.aliases.get(node.inputs[index], node.inputs[index])
         root, _, _ = full.partition("@") if full not in coupling.model.constants else (full, "", "")
-        atom = (uses.get((root, node.key, index)) or uses.get((root, "", 0)) or {}).get(axis)
+        atom = (uses.get((root, node.key)) or uses.get((root, "")) or {}).get(axis)
         if atom is None:
             return None
         kept = plan.initializers.get(full, {}).get(axis)
@@ -147,23 +157,43 @@ def check_labels(coupling: Coupling, pruned: Model, plan: Plan, keep: np.ndarray
     violations += [
         f"channels {root[channel]} and {channel} meet in the pruned graph"
         for channel in merged
-        if not _rows(coupling, root[channel]) & _rows(coupling, channel)
+        if not _rows(coupling, keep, root[channel]) & _rows(coupling, keep, channel)
     ]
     return violations
 
 
-def _rows(coupling: Coupling, channel: int) -> set[int]:
-    """Classes of the grid rows that a channel runs through.
+def _is_arithmetic(coupling: Coupling, node: Node) -> bool:
+    return node.key in coupling.model.static or node.key in coupling.model.aliases
+
+
+def check_weights(coupling: Coupling, pruned: Model, plan: Plan) -> list[str]:
+    """Compare every floating-point constant with its slice of the original, exactly; return what differs, in words."""
+    violations = []
+    for name, constant in pruned.constants.items():
+        root = name if name in coupling.model.constants else name.partition("@")[0]
+        if not constant.floating or root not in coupling.model.constants:
+            continue
+        try:
+            expected = take(coupling.model.constants[root].load(), plan.initializers.get(name, {}), name)
+        except ModelError as error:
+            violations.append(str(error))
+            continue
+        if not np.array_equal(expected, constant.load()):
+            violations.append(f"{name}: is not the slice of the original that the plan names")
+    return violations
+
+
+def _rows(coupling: Coupling, keep: np.ndarray, channel: int) -> set[int]:
+    """A channel, and the rows of every grid in which it is the only channel left.
 
     Where a grouped convolution keeps one channel per group, its input and output channels meet row by row.
     """
-    return {
-        int(row)
-        for split in coupling.ledger.splits
-        if (coupling.classes[split.whole] == channel).any()
-        for part in split.parts
-        for row in coupling.classes[part]
-    }
+    found = {channel}
+    for split in coupling.ledger.splits:
+        grid = coupling.classes[split.whole]
+        if (grid == channel).any() and set(grid[keep[grid]].tolist()) == {channel}:
+            found.update(int(row) for part in split.parts for row in coupling.classes[part])
+    return found
 
 
 def _consistent(grid: np.ndarray, n_classes: int) -> int | None:
@@ -212,18 +242,14 @@ class _Comparison:
         """Compare one segment and run its negative control."""
         if not segment.compared:
             return
-        missing = [node.key for node in segment.nodes if node.key not in self.of_pruned]
-        if missing:
-            self.failures.append(f"{missing[0]}: gone from the pruned graph")
-            return
         reference = self._reference(segment)
         protos = [self.of_pruned[node.key] for node in segment.nodes]
         model, constants = plain_graph(self.pruned, self.pruned_model, protos, segment.compared, segment.entries)
-        session = Session(model, optimize=False)
+        session = Session(model, optimize=False, threads=segment.threads)
         for positive in (False, True):
             entries = random_entries(self.coupling.model, segment.entries, self.rng, positive=positive)
             expected = reference(entries)
-            if all(np.isfinite(value).all() for value in expected.values()):
+            if not any(np.isnan(value).any() for value in expected.values()):
                 break
         kept_entries = {name: self._kept(name, value) for name, value in entries.items()}
         del entries
@@ -244,7 +270,7 @@ class _Comparison:
         nodes, masks = masked_nodes(coupling, self.keep, protos, segment.nodes)
         model, constants = plain_graph(self.original, coupling.model, nodes, segment.compared, segment.entries)
         model = _with_constants(model, masks)
-        session = Session(model, optimize=False)
+        session = Session(model, optimize=False, threads=segment.threads)
 
         def run(entries):
             values = _run(session, {**constants, **entries}, segment.compared)
@@ -267,9 +293,7 @@ class _Comparison:
                 return f"{name}: shape {list(have.shape)}, expected {list(want.shape)}"
             if want.size == 0:
                 continue
-            spread = _spread(want)
-            difference = np.abs(have.astype(np.float64) - want).max()
-            error = difference / spread if spread > 0 else (0.0 if difference == 0 else np.inf)
+            error, spread = _relative_error(have.astype(np.float64), want.astype(np.float64))
             if not error <= TOLERANCE.get(want.dtype, 1e-4):
                 return f"{name}: differs by {error:.2g} of its spread"
             if count:
@@ -307,9 +331,21 @@ class _Comparison:
         self.insensitive.append(segment.nodes[0].title)
 
 
+def _relative_error(have: np.ndarray, want: np.ndarray) -> tuple[float, float]:
+    """Largest difference over the spread of ``want``, and that spread. NaN anywhere gives NaN, which is below nothing."""
+    endless = np.isinf(want)  # attention masks hold -inf: equal where both do, and no measure of spread
+    if not np.array_equal(have[endless], want[endless]):
+        return np.inf, 0.0
+    want[endless] = have[endless] = 0
+    spread = _spread(want)
+    difference = float(np.abs(have - want).max())
+    if spread > 0 or np.isnan(difference):
+        return difference / (spread or 1.0), spread
+    return (0.0 if difference == 0 else np.inf), spread
+
+
 def _spread(value: np.ndarray) -> float:
     """Standard deviation of a tensor after its per-channel (axis 1) mean is removed."""
-    value = value.astype(np.float64)
     if value.ndim > 2 and value.size > value.shape[1]:
         value = value - value.mean(tuple(a for a in range(value.ndim) if a != 1), keepdims=True)
     elif value.size > 1:

@@ -14,6 +14,7 @@ import numpy as np
 
 from onnxprune.coupling import Coupling, Member
 from onnxprune.errors import ModelError, UsageError
+from onnxprune.model import Node, Shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +90,7 @@ def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scor
         open_classes = value < 0
         for member in ranked:
             if choice(member) and open_classes[member.classes].any():
-                present, norms = _norms(coupling, member, norm, gains.get((member.tensor, member.axis), 1.0))
+                present, norms = _norms(coupling, member, norm, gains.get(member.tensor))
                 value[present] = np.maximum(value[present], np.where(open_classes[present], norms, value[present]))
                 members[present] += open_classes[present]
     return Scores(np.maximum(value, 0.0), members)
@@ -97,25 +98,26 @@ def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scor
 
 def _refuse_nan(coupling: Coupling) -> None:
     """NaN weights cannot be ranked, nor proved equal to anything."""
-    for name in dict.fromkeys(name for name, _, _ in coupling.ledger.constants):
+    for name in dict.fromkeys(name for name, _ in coupling.ledger.constants):
         constant = coupling.model.constants[name]
         if constant.floating and constant.size and np.isnan(np.min(constant.load())):  # a minimum passes NaN on
             raise ModelError(f"{name}: holds NaN; train or export the model again")
 
 
 def _norms(
-    coupling: Coupling, member: Member, norm: Callable[[np.ndarray], np.ndarray], factor: np.ndarray | float
+    coupling: Coupling, member: Member, norm: Callable[[np.ndarray], np.ndarray], gain: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Classes on a member axis, and the norm of each class's slices over the tensor's mean norm."""
     weight = coupling.model.constants[member.tensor].load()
     if weight.dtype != np.float32:
         weight = weight.astype(np.float32)
+    if not np.isfinite(weight.sum(dtype=np.float64)) and not np.isfinite(weight).all():
+        raise ModelError(f"{member.tensor}: holds infinite weights; nothing can be ranked by them")
+    if gain is not None:
+        weight = weight * gain
     shape = weight.shape
     before = int(np.prod(shape[: member.axis], dtype=np.int64))
     values = np.asarray(norm(weight.reshape(before, shape[member.axis], -1)), np.float64)
-    if not np.isfinite(values).all():
-        raise ModelError(f"{member.tensor}: holds infinite weights; nothing can be ranked by them")
-    values = values * factor
     present, inverse = np.unique(member.classes, return_inverse=True)
     total = np.bincount(inverse, values)
     mean = total.mean()
@@ -140,20 +142,27 @@ def _batch_norm_scales(coupling: Coupling) -> frozenset[str]:
     return frozenset(model.aliases.get(name, name) for name in found)
 
 
-def _batch_norm_gains(coupling: Coupling) -> dict[tuple[str, int], np.ndarray]:
-    """Per weight axis, the factor of the BatchNormalization right behind it: a folded model then ranks alike."""
+def _batch_norm_gains(coupling: Coupling) -> dict[str, np.ndarray]:
+    """Per weight, the factor of the BatchNormalization right behind it: a folded model then ranks alike."""
     model, gains = coupling.model, {}
-    ends = {(m.tensor, m.axis) for m in coupling.members if m.ends}
     for node in model.nodes:
         producer = model.producer.get(node.inputs[0]) if node.op == "BatchNormalization" else None
-        if producer is None or len(producer.inputs) < 2 or len(model.consumers[node.inputs[0]]) > 1:
+        if producer is None or producer.op not in _MIXING or len(model.consumers[node.inputs[0]]) > 1:
             continue
         weight = model.constant(producer.inputs[1])
         scale, variance = model.constant(node.inputs[1]), model.constant(node.inputs[4])
-        if weight is None or scale is None or variance is None or producer.op not in _MIXING:
+        if weight is None or scale is None or variance is None or len(model.consumers[producer.inputs[1]]) > 1:
             continue
-        gain = np.abs(scale.load()) / np.sqrt(variance.load() + node.attributes.get("epsilon", 1e-5))
-        for axis, size in enumerate(weight.shape[:2]):
-            if (weight.name, axis) not in ends and size == len(gain):
-                gains[weight.name, axis] = gain
+        gain = scale.load() / np.sqrt(variance.load() + node.attributes.get("epsilon", 1e-5))
+        gains[weight.name] = _along_outputs(producer, weight.shape, gain.astype(np.float32))
     return gains
+
+
+def _along_outputs(producer: Node, shape: Shape, gain: np.ndarray) -> np.ndarray:
+    """Shape one factor per output channel so that it multiplies the weight."""
+    if producer.op == "Conv":
+        return gain.reshape(-1, *[1] * (len(shape) - 1))
+    if producer.op == "ConvTranspose":  # (inputs, outputs per group, ..): each group's inputs have outputs of their own
+        groups = producer.attributes.get("group", 1)
+        return np.repeat(gain.reshape(groups, -1), shape[0] // groups, 0).reshape(shape[0], -1, *[1] * (len(shape) - 2))
+    return gain[:, None] if producer.op == "Gemm" and producer.attributes.get("transB", 0) else gain

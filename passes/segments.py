@@ -20,22 +20,29 @@ from onnxprune.protos import reads
 MAX_NODES = 32
 MAX_BYTES = 64 << 20  # of intermediate tensors, beyond which a segment ends
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+SMALL = 1 << 18  # elements of a segment below which one thread is faster than several
+MIXING = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 DISCONTINUOUS = frozenset(["Ceil", "Floor", "Round", "Sign", "Mod", "QuantizeLinear", "DynamicQuantizeLinear"])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """Consecutive nodes; ``entries`` are read but not computed here, ``compared`` are the floats computed here."""
+    """Consecutive nodes; ``entries`` are read but not computed here, ``compared`` are the floats computed here.
+
+    ``threads`` is what a session needs: 1 where threads would cost more than they save, else 0 (all).
+    """
 
     nodes: tuple[Node, ...]
     entries: tuple[str, ...]
     compared: tuple[str, ...]
+    threads: int
 
 
 def segments(model: Model) -> Iterator[Segment]:
     """Cut the graph into segments.
 
-    A segment ends behind a node whose output jumps (comparisons, rounding, integers): rounding errors would otherwise flip
+    A segment starts at every convolution or product, so that a rectifier before it cannot hide a channel of its input. It
+    ends behind a node whose output jumps (comparisons, rounding, integers): rounding errors would otherwise flip
     it in one graph and not in the other. What follows starts from the same random values in both.
     """
     run: list[Node] = []
@@ -43,6 +50,9 @@ def segments(model: Model) -> Iterator[Segment]:
     for node in model.nodes:
         if node.key in model.static or node.key in model.aliases:
             continue
+        if run and node.op in MIXING:
+            yield _segment(model, run)
+            run, size = [], 0
         run.append(node)
         size += sum(4 * int(np.prod(model.shapes.get(name, ()))) for name in node.outputs if name)
         if len(run) >= MAX_NODES or size >= MAX_BYTES or _jumps(model, node):
@@ -74,7 +84,8 @@ def _segment(model: Model, run: Sequence[Node]) -> Segment:
         for name in node.outputs
         if name and model.types.get(name, TensorProto.FLOAT) in FLOATS and node.op not in DISCONTINUOUS
     )
-    return Segment(tuple(run), entries, compared)
+    elements = sum(int(np.prod(model.shapes.get(name, ()))) for name in (*entries, *compared))
+    return Segment(tuple(run), entries, compared, threads=1 if elements < SMALL else 0)
 
 
 def plain_graph(
@@ -139,9 +150,13 @@ def masked_nodes(
             mask[kept] = True
             name = f"{node.key}/masked{c.input}.{c.axis}"
             constants[f"{name}/keep"] = mask.reshape(shape)
-            constants[f"{name}/zero"] = np.zeros((), _dtype(coupling.model, node.inputs[c.input]))
-            source = copy.input[c.input]
-            out.append(helper.make_node("Where", [f"{name}/keep", source, f"{name}/zero"], [name]))
+            source, dtype = copy.input[c.input], _dtype(coupling.model, node.inputs[c.input])
+            if coupling.model.opset < 9:  # before Where
+                constants[f"{name}/keep"] = constants[f"{name}/keep"].astype(dtype)
+                out.append(helper.make_node("Mul", [f"{name}/keep", source], [name]))
+            else:
+                constants[f"{name}/zero"] = np.zeros((), dtype)
+                out.append(helper.make_node("Where", [f"{name}/keep", source, f"{name}/zero"], [name]))
             copy.input[c.input] = name
         out.append(copy)
     return out, constants

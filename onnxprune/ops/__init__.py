@@ -49,7 +49,7 @@ class Edit:
 CoupleRule = Callable[[Node, Ledger], None]
 RewriteRule = Callable[[Node, Change], list[Edit]]
 
-_SHAPE_ONLY = frozenset(("Squeeze", "Unsqueeze", "Shape", "Size", "Range", "EyeLike"))
+_SHAPE_ONLY = frozenset(("Squeeze", "Unsqueeze", "Shape", "Size", "Range"))
 
 _COUPLE: dict[tuple[str, str], CoupleRule] = {}
 _REWRITE: dict[tuple[str, str], RewriteRule] = {}

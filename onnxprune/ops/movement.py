@@ -160,11 +160,15 @@ def _rearrange(node: Node, ledger: Ledger, grid: Shape, blocks: tuple[int, int],
     ledger.output(node, (x.axes[0], channel, *map(fixed, shape[2:])), joints=permuted.joints)
 
 
+@couples("EyeLike")
+def eye_like(node: Node, ledger: Ledger) -> None:
+    """The identity matrix has the input's lengths, so they stay."""
+    ledger.freeze(ledger.input(node, 0).axes, "its lengths shape an identity matrix", node.inputs[0])
+
+
+@couples("Shape", "Size", "Range")
 def no_labels(node: Node, ledger: Ledger) -> None:
     """Outputs carry no labels (shapes, sizes, counts)."""
     for index, name in enumerate(node.outputs):
         if name:
             ledger.output(node, unlabelled(ledger.shape(name)), index)
-
-
-couples("Shape", "Size", "Range", "EyeLike")(no_labels)

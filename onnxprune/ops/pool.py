@@ -43,7 +43,10 @@ def resize_sizes(node: Node, change: Change) -> list[Edit]:
     sizes = change.value(node.inputs[3]) if node.has(3) else None
     if sizes is None:
         return []
-    after = change.after(node.outputs[0])
+    before, after = change.before(node.outputs[0]), change.after(node.outputs[0])
     axes = node.attributes.get("axes") or range(len(after))
-    required = np.array([after[axis] for axis in axes], sizes.dtype)
+    required = sizes.copy()
+    for position, axis in enumerate(axes):
+        if before[axis] != after[axis]:
+            required[position] = after[axis]
     return [] if np.array_equal(sizes, required) else [Edit(3, required)]

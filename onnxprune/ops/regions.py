@@ -52,7 +52,8 @@ def split_sizes(node: Node, change: Change) -> list[Edit]:
         return [] if list(node.attributes["split"]) == sizes else [Edit("split", sizes)]
     total = sum(sizes)
     each = -(-total // len(sizes))
-    if sizes == [min(each, total - each * index) for index in range(len(sizes))]:
+    equal = [min(each, total - each * index) for index in range(len(sizes))]
+    if sizes == equal and ("num_outputs" in node.attributes or len(set(sizes)) == 1):
         return []
     if change.opset < 13:
         return [Edit("split", sizes)]
@@ -144,7 +145,7 @@ def gather_indices(node: Node, change: Change) -> list[Edit]:
         return []
     selected = before[change.kept(node.outputs[0], position)] if before.ndim == 1 else before
     wanted = np.searchsorted(kept, selected % size).astype(now.dtype)
-    same = now.shape == wanted.shape and np.array_equal(now % len(kept), wanted)
+    same = now.shape == wanted.shape and np.array_equal(np.where(now < 0, now + len(kept), now), wanted)
     return [] if same else [Edit(1, wanted)]
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from onnxprune.passes.validate import Quality, drop, evaluate
 
 from onnxprune import data
 from onnxprune.data import Samples
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.metrics import Metric, View
+from onnxprune.passes.validate import Quality, drop, evaluate
 from onnxprune.runtime import Session
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -1,0 +1,139 @@
+"""Tiny graphs for tests, written node by node: names are chosen so that an expectation can name every weight axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import ArrayLike
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+IR_VERSION = 8
+
+
+class Tiny:
+    """A graph under construction.
+
+    A layer called ``a`` computes the tensor ``a``,
+        from weight ``a.w`` and bias ``a.b``. Weights are seeded and of unit gain.
+    """
+
+    def __init__(self, *, opset: int = 17, seed: int = 0, domains: Sequence[str] = ()) -> None:
+        self.opset, self.domains = opset, domains
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def input(self, *shape: int | str, name: str = "x", kind: int = TensorProto.FLOAT) -> str:
+        """Declare a graph input; a string in the shape is a dynamic axis."""
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def constant(self, values: ArrayLike, name: str | None = None) -> str:
+        """Add an initializer; Python integers become int64, Python floats float32."""
+        array = np.asarray(values)
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        name = name or f"constant{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def random(self, *shape: int, name: str, offset: float = 0.0, scale: float = 1.0) -> str:
+        """Add a float32 initializer drawn from a normal distribution."""
+        return self.constant((offset + scale * self.rng.standard_normal(shape)).astype(np.float32), name)
+
+    def node(
+        self, op: str, *inputs: str, name: str | None = None, outputs: int = 1, domain: str = "", **attributes: Any
+    ):
+        """Add a node; the tensors it computes carry its name (numbered where there are several)."""
+        name = name or f"{op.lower()}{len(self.nodes)}"
+        results = [name] if outputs == 1 else [f"{name}.{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(op, list(inputs), results, name=name, domain=domain, **attributes))
+        return results[0] if outputs == 1 else results
+
+    def conv(
+        self, x: str, name: str, channels_in: int, channels: int, kernel: int = 1, *,
+        rank: int = 2, group: int = 1, bias: bool = True, transpose: bool = False, **attributes: Any,
+    ) -> str:  # fmt: skip
+        """Add a convolution (or its transpose) that keeps the spatial size where the kernel is odd and the stride one."""
+        fan_in = channels_in // group
+        shape = (channels_in, channels // group) if transpose else (channels, fan_in)
+        inputs = [x, self.random(*shape, *[kernel] * rank, name=f"{name}.w", scale=(fan_in * kernel**rank) ** -0.5)]
+        if bias:
+            inputs.append(self.random(channels, name=f"{name}.b", scale=0.3))
+        attributes = {"group": group, "pads": [kernel // 2] * (2 * rank), "kernel_shape": [kernel] * rank} | attributes
+        return self.node("ConvTranspose" if transpose else "Conv", *inputs, name=name, **attributes)
+
+    def gemm(self, x: str, name: str, features_in: int, features: int, **attributes: Any) -> str:
+        """Add a Gemm with bias; ``transB=1`` stores the weight as (features, features_in)."""
+        shape = (features, features_in) if attributes.get("transB") else (features_in, features)
+        weight = self.random(*shape, name=f"{name}.w", scale=features_in**-0.5)
+        return self.node("Gemm", x, weight, self.random(features, name=f"{name}.b", scale=0.3), name=name, **attributes)
+
+    def linear(self, x: str, name: str, features_in: int, features: int) -> str:
+        """Add a MatMul with its weight on the right."""
+        weight = self.random(features_in, features, name=f"{name}.w", scale=features_in**-0.5)
+        return self.node("MatMul", x, weight, name=name)
+
+    def batch_norm(self, x: str, name: str, channels: int, **attributes: Any) -> str:
+        """Add a BatchNormalization with statistics near (0, 1)."""
+        vectors = (("scale", 1.0), ("shift", 0.0), ("mean", 0.0))
+        inputs = [self.random(channels, name=f"{name}.{role}", offset=at, scale=0.3) for role, at in vectors]
+        variance = (0.5 + self.rng.random(channels)).astype(np.float32)
+        return self.node(
+            "BatchNormalization", x, *inputs, self.constant(variance, f"{name}.variance"), name=name, **attributes
+        )
+
+    def build(self, *outputs: str) -> ModelProto:
+        """Make the model; outputs get the type and shape that inference finds."""
+        declared = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+        graph = helper.make_graph(self.nodes, "tiny", self.inputs, declared, self.initializers)
+        opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in self.domains)]
+        model = helper.make_model(graph, ir_version=max(IR_VERSION, 10 * (self.opset > 18)), opset_imports=opsets)
+        for output in model.graph.output:
+            output.type.tensor_type.ClearField("elem_type")
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        for output, known in zip(model.graph.output, inferred.graph.output, strict=True):
+            output.CopyFrom(known)
+            if not output.type.tensor_type.elem_type:
+                output.type.tensor_type.elem_type = TensorProto.FLOAT
+        if any(not output.type.tensor_type.HasField("shape") for output in model.graph.output):
+            _declare_measured(model)
+        return model
+
+
+def _declare_measured(model: ModelProto) -> None:
+    """Declare outputs that inference knows nothing of as onnxruntime computes them."""
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {
+        i.name: np.ones([d.dim_value or 1 for d in i.type.tensor_type.shape.dim], np.float32) for i in model.graph.input
+    }
+    for output, value in zip(model.graph.output, session.run(None, feeds), strict=True):
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        output.CopyFrom(helper.make_tensor_value_info(output.name, kind, value.shape))
+
+
+Middle = Callable[[Tiny, str], str]
+
+
+def sandwich(
+    middle: Middle, channels: int = 6, after: int | None = None, *,
+    size: Sequence[int] = (4, 6), rank_after: int | None = None, kernel: int = 1, opset: int = 17,
+        domains: Sequence[str] = (),
+) -> ModelProto:  # fmt: skip
+    """Build input -> Conv ``a`` (2 to ``channels``) -> ``middle`` -> Conv ``z`` (``after`` to 3) -> output."""
+    t = Tiny(opset=opset, domains=domains)
+    x = t.input(1, 2, *size)
+    y = middle(t, t.conv(x, "a", 2, channels, kernel, rank=len(size)))
+    return t.build(t.conv(y, "z", after or channels, 3, rank=rank_after or len(size)))
+
+
+def perceptron(middle: Middle, features: int = 6, after: int | None = None, *, opset: int = 17) -> ModelProto:
+    """Build input (4, 2) -> Gemm ``a`` (to ``features``) -> ``middle`` -> Gemm ``z`` (``after`` to 3) -> output."""
+    t = Tiny(opset=opset)
+    y = middle(t, t.gemm(t.input(4, 2), "a", 2, features))
+    return t.build(t.gemm(y, "z", after or features, 3))

@@ -1,0 +1,169 @@
+"""A plan survives JSON, is refused where it is malformed, and replays on siblings and on bare arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import ModelProto, numpy_helper
+
+import architectures
+import onnxprune
+from onnxprune import Plan
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+def plan_of(name: str, share: float = 0.6) -> tuple[ModelProto, onnxprune.Result]:
+    """Prune one fixture without proof."""
+    model = architectures.ALL[name]()
+    return model, onnxprune.prune(model, target_mac=share, proof=False)
+
+
+@pytest.mark.parametrize("name", architectures.ALL)
+def test_json_round_trip(name: str) -> None:
+    """A plan read back from its JSON text is the same plan, and writes the same text."""
+    plan = plan_of(name)[1].plan
+    text = json.dumps(plan.to_json())
+    again = Plan.from_json(text)
+    assert again.to_json() == plan.to_json()
+    assert {n: {a: list(k) for a, k in s.items()} for n, s in plan.initializers.items()} == again.initializers
+    assert again.groups == plan.groups
+    assert again.inputs == plan.inputs
+
+
+def test_json_has_the_documented_form() -> None:
+    """Schema, model with hash and inputs, kept indices by name and axis, and a mask per group."""
+    result = onnxprune.prune(FIXTURES / "digits" / "digits.onnx", target_mac=0.6, proof=False)
+    data = json.loads(json.dumps(result.plan.to_json()))
+    assert data["schema"] == 1
+    assert set(data["model"]) == {"sha256", "inputs"}
+    assert len(data["model"]["sha256"]) == 64
+    assert data["model"]["inputs"] == {"image": [1, 1, 8, 8]}
+    for axes in data["initializers"].values():
+        for axis, kept in axes.items():
+            assert axis.isdigit()
+            assert kept == sorted(set(kept))
+            assert all(isinstance(index, int) for index in kept)
+    for group in data["groups"]:
+        assert {"id", "size", "keep"} <= set(group)
+        assert len(group["keep"]) == group["size"]
+        assert all(isinstance(value, bool) for value in group["keep"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("not json", id="text"),
+        pytest.param("[]", id="list"),
+        pytest.param("3", id="number"),
+        pytest.param("null", id="null"),
+        pytest.param("{}", id="no_schema"),
+        pytest.param('{"schema": 2, "initializers": {}}', id="other_schema"),
+        pytest.param('{"schema": 1}', id="no_initializers"),
+        pytest.param('{"schema": 1, "initializers": []}', id="initializers_list"),
+        pytest.param('{"schema": 1, "initializers": {"w": [0, 1]}}', id="no_axis"),
+        pytest.param('{"schema": 1, "initializers": {"w": {"x": [0]}}}', id="axis_no_number"),
+        pytest.param('{"schema": 1, "initializers": {"w": {"0": 3}}}', id="kept_no_list"),
+        pytest.param('{"schema": 1, "initializers": {"w": {"0": ["a"]}}}', id="kept_no_numbers"),
+        pytest.param('{"schema": 1, "initializers": {"w": {"0": [null]}}}', id="kept_null"),
+        pytest.param('{"schema": 1, "initializers": {}, "groups": [{"size": 3}]}', id="group_without_id"),
+        pytest.param('{"schema": 1, "initializers": {}, "groups": 5}', id="groups_number"),
+        pytest.param('{"schema": 1, "initializers": {}, "model": 5}', id="model_number"),
+    ],
+)
+def test_malformed_text_is_a_model_error(text: str) -> None:
+    """Anything but a plan is a ModelError of one line."""
+    with pytest.raises(onnxprune.ModelError) as caught:
+        Plan.from_json(text)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+
+
+def edited(plan: Plan, change: Callable[[dict[str, Any]], object]) -> Plan:
+    """The plan after a change of its JSON's initializers."""
+    data = json.loads(json.dumps(plan.to_json()))
+    change(data["initializers"])
+    return Plan.from_json(json.dumps(data))
+
+
+WEIGHT = "body0/Conv/weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda slices: slices.update(nowhere={"0": [0]}), id="unknown_tensor"),
+        pytest.param(lambda slices: slices.update({f"{WEIGHT}@nowhere": {"0": [0]}}), id="unknown_reader"),
+        pytest.param(lambda slices: slices[WEIGHT].update({"9": [0]}), id="unknown_axis"),
+        pytest.param(lambda slices: slices[WEIGHT].update({"0": []}), id="keeps_nothing"),
+        pytest.param(lambda slices: slices[WEIGHT].update({"0": [-1]}), id="negative_index"),
+        pytest.param(lambda slices: slices[WEIGHT].update({"0": [0, 16]}), id="index_too_large"),
+        pytest.param(lambda slices: slices[WEIGHT].update({"2": [0]}), id="kernel_axis"),
+        pytest.param(lambda slices: slices[WEIGHT].update({"0": [0, 0, 1]}), id="index_twice"),
+        pytest.param(lambda slices: slices[WEIGHT].update({"0": [1, 0]}), id="unsorted"),
+        pytest.param(lambda slices: slices.pop(WEIGHT), id="tensor_missing"),
+        pytest.param(lambda slices: slices.update(mean={"1": [0, 1]}), id="frozen_tensor"),
+    ],
+)
+def test_plan_that_does_not_fit_is_refused(change: Callable[[dict[str, Any]], object]) -> None:
+    """A plan that names what the model does not have, or leaves it inconsistent, is an error and gives no model."""
+    model, result = plan_of("edsr")
+    assert onnxprune.apply(model, edited(result.plan, lambda slices: None)).report.proof.ok
+    with pytest.raises(onnxprune.OnnxPruneError) as caught:
+        onnxprune.apply(model, edited(result.plan, change))
+    assert caught.value.exit_code in (3, 5)
+
+
+def other_weights(model: ModelProto) -> ModelProto:
+    """The same network with other weights."""
+    sibling = ModelProto()
+    sibling.CopyFrom(model)
+    rng = np.random.default_rng(11)
+    for tensor in sibling.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if tensor.name.endswith("/weight"):
+            value = value * rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    return sibling
+
+
+@pytest.mark.parametrize("name", ["edsr", "resnet_a", "resnext", "c2f_detector", "dynamic_reshape_constant"])
+def test_replay_on_the_same_model_gives_the_same_bytes(name: str) -> None:
+    """Applying a plan to the model it was made for gives what pruning gave."""
+    model, result = plan_of(name)
+    assert onnxprune.apply(model, result.plan).model.SerializeToString() == result.model.SerializeToString()
+
+
+@pytest.mark.parametrize("name", ["edsr", "resnet_a", "resnext", "c2f_detector", "dynamic_reshape_constant"])
+def test_replay_on_a_sibling(name: str) -> None:
+    """A plan fits a network with other weights and the same names: it keeps the same channels, and is proved."""
+    model, result = plan_of(name)
+    sibling = other_weights(model)
+    again = onnxprune.apply(sibling, result.plan)
+    assert again.report.proof is not None
+    assert again.report.proof.ok
+    assert again.report.to_json()["cost"] == result.report.to_json()["cost"]
+    shapes = [(tensor.name, list(tensor.dims)) for tensor in result.model.graph.initializer]
+    assert [(tensor.name, list(tensor.dims)) for tensor in again.model.graph.initializer] == shapes
+    assert again.model.SerializeToString() != result.model.SerializeToString()
+
+
+@pytest.mark.parametrize("name", architectures.ALL)
+def test_initializers_alone_slice_a_checkpoint(name: str) -> None:
+    """With nothing but ``initializers`` numpy slices a checkpoint to the pruned model's parameters."""
+    model, result = plan_of(name)
+    slices = json.loads(json.dumps(result.plan.to_json()))["initializers"]
+    assert slices
+    checkpoint = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for tensor in result.model.graph.initializer:
+        value = checkpoint[tensor.name if tensor.name in checkpoint else tensor.name.partition("@")[0]]
+        for axis, kept in slices.get(tensor.name, {}).items():
+            value = value.take(kept, int(axis))
+        if value.dtype == np.float32:
+            np.testing.assert_array_equal(value, numpy_helper.to_array(tensor))
