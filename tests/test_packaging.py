@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -41,9 +43,19 @@ def test_every_module_lies_in_a_package() -> None:
 
 @pytest.mark.parametrize("package", SETUPTOOLS["packages"])
 def test_package_comes_from_its_folder(package: str) -> None:
-    """Every listed package is imported from the folder that it is mapped to."""
+    """Every listed package holds the files of the folder that it is mapped to, whether installed or editable."""
     expected = packages_in_the_tree()[package]
-    assert Path(str(importlib.import_module(package).__file__)).parent == expected
+    folder = Path(str(importlib.import_module(package).__file__)).parent
+    assert {path.name: path.read_text() for path in folder.glob("*.py")} == {
+        path.name: path.read_text() for path in expected.glob("*.py")
+    }
+
+
+def test_clone_works_without_installing() -> None:
+    """In the root of a clone Python finds the package and its passes, although those lie beside it."""
+    code = "import onnxprune.passes.prove; print(onnxprune.passes.prove.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert Path(run.stdout.strip()) == ROOT / "passes" / "prove.py"
 
 
 def test_passes_do_not_take_a_top_level_name() -> None:
