@@ -280,7 +280,7 @@ class Ledger:
         if x.labels is not None and y.labels is not None:
             self.tie(x.labels, y.labels)
             return x
-        self.freeze([(x,), (y,)], "it meets an axis that has no channels of its own")
+        self.freeze([(x,), (y,)], "it meets an axis that cannot shrink (an input of the graph, or positions)")
         return x if x.labels is None else y
 
     def flat(self, axis: Axis) -> Atom | None:
