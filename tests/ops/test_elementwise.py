@@ -11,7 +11,7 @@ from graphs import Tiny, perceptron, sandwich
 from oracle import Case
 
 PASSES = {"a.w/0": range(6), "a.b/0": range(6), "z.w/1": range(6)}
-FIXED = "no channels of its own"
+FIXED = "axis that cannot shrink"
 OPSETS = {"Gelu": 20, "BitwiseNot": 18, "BitwiseAnd": 18, "BitwiseOr": 18, "BitwiseXor": 18, "Mish": 18, "Swish": 24}
 UNIT = ["Acos", "Asin", "Atanh"]
 BOOLEAN = ["Not", "And", "Or", "Xor"]

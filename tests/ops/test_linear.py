@@ -12,7 +12,7 @@ from oracle import Case
 
 INNER = {"a.w/0": range(6), "a.b/0": range(6), "z.w/1": range(6)}
 OUTPUT = ("z", "output", "output of the graph")
-FIXED = "no channels of its own"
+FIXED = "axis that cannot shrink"
 RANKS = {"1d": (9,), "2d": (4, 6), "3d": (3, 4, 5)}
 
 

@@ -355,7 +355,7 @@ def frozen(node: str, op: str, text: str) -> dict[str, tuple[str, str, str]]:
 REFUSALS = [
     Case("If", "captures-channels", conditional, frozen={"a.w/0": ("op", "If", "no rule for operator If")}),
     Case("If", "captures-vector", partial(conditional, captured_vector=True),
-         frozen={"a.w/0": ("meet", "Add", "no channels of its own")}),
+         frozen={"a.w/0": ("meet", "Add", "axis that cannot shrink")}),
     Case("QuickGelu", "custom-domain", custom,
          frozen=frozen("op", "QuickGelu", "no rule for operator com.microsoft::QuickGelu")),
     Case("Einsum", "no-rule", unknown, frozen={"a.w/1": ("op", "Einsum", "no rule for operator Einsum")}),
