@@ -16,8 +16,10 @@ from onnxprune.errors import (
     QualityError,
     UsageError,
 )
-from onnxprune.pipeline import Options, Result, apply, evaluate, inspect, prune, verify
+from onnxprune.options import Options
+from onnxprune.pipeline import Result, apply, inspect, prune, verify
 from onnxprune.plan import Plan
+from onnxprune.quality import evaluate
 from onnxprune.report import Report
 
 __all__ = [

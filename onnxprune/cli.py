@@ -18,8 +18,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from onnxprune import onnx_io, pipeline, report
+from onnxprune import onnx_io, pipeline, quality, report
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
+from onnxprune.options import Options, silent
+from onnxprune.options import Progress as RunProgress
 from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
 from onnxprune.report import Report, text
@@ -190,19 +192,19 @@ def prune(model: str, out: str, **given: Any) -> None:
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         with _progress(given) as progress:
             result = pipeline.prune(model, options, progress)
-        quality = pipeline.compare_quality(
+        measured = quality.compare_quality(
             model, result.model, given["data"], given["metric"], provider=options.provider
         )
-        failed = pipeline.guard(quality, given["max_drop"], given["min_quality"])
+        failed = quality.guard(measured, given["max_drop"], given["min_quality"])
         if failed and not given["keep_going"]:
             raise QualityError(f"{failed}; nothing was written (--keep-going writes it all the same)")
-        done = replace(pipeline.write(result, model, out, force=given["force"]), quality=quality)
+        done = replace(pipeline.write(result, model, out, force=given["force"]), quality=measured)
         plan = result.plan
         del result
         if given["plan_out"]:
             onnx_io.write(given["plan_out"], json.dumps(plan.to_json(), indent=1).encode())
         if given["latency"]:
-            done = pipeline.with_latency(done, options.provider)
+            done = quality.with_latency(done, options.provider)
         _finish(console, done, given, text.summary)
         if failed:
             raise QualityError(f"{failed}; {out} was written because of --keep-going")
@@ -277,21 +279,21 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
     """
     with _run(given) as (console, options):
         with _progress(given) as progress:
-            quality = pipeline.evaluate(
+            found = quality.evaluate(
                 model, data, metric, reference=given["reference"], output=given["output"], clip=given["clip"],
                 provider=options.provider, progress=progress,
             )  # fmt: skip
         content = {
             "schema": 1,
-            "quality": {"metric": quality.metric, "value": quality.value, "samples": quality.samples},
+            "quality": {"metric": found.metric, "value": found.value, "samples": found.samples},
         }
         _write_json(given["json_path"], content)
         if not given["quiet"] and given["json_path"] != "-":
-            console.print(f"{quality.metric} {quality.value:.6g} over {quality.samples} samples", highlight=False)
+            console.print(f"{found.metric} {found.value:.6g} over {found.samples} samples", highlight=False)
 
 
 @contextmanager
-def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, pipeline.Options]]:
+def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, Options]]:
     """Build options, and turn errors into an exit code, a message and an ``error`` object in the JSON report."""
     try:
         console = Console(stderr=given["json_path"] == "-")
@@ -323,20 +325,20 @@ def _fail(error: BaseException, given: Mapping[str, Any], message: str, code: in
     sys.exit(code)
 
 
-def _options(given: Mapping[str, Any]) -> pipeline.Options:
+def _options(given: Mapping[str, Any]) -> Options:
     kinds = ("mac", "params", "bandwidth", "size")
     targets = {kind: given[f"target_{kind}"] for kind in kinds if given.get(f"target_{kind}") is not None}
-    names = pipeline.Options.__dataclass_fields__
+    names = Options.__dataclass_fields__
     chosen = {name: value for name, value in given.items() if name in names and name != "input_shapes"}
-    return pipeline.Options(targets=targets, input_shapes=dict(given["input_shapes"]), **chosen)
+    return Options(targets=targets, input_shapes=dict(given["input_shapes"]), **chosen)
 
 
 @contextmanager
-def _progress(given: Mapping[str, Any]) -> Iterator[pipeline.Progress]:
+def _progress(given: Mapping[str, Any]) -> Iterator[RunProgress]:
     """Show a progress bar on a terminal, and nothing in a pipe."""
     console = Console(stderr=True)
     if given["quiet"] or not console.is_terminal:
-        yield pipeline.silent
+        yield silent
         return
     columns = (
         TextColumn("{task.description}"),

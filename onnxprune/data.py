@@ -13,36 +13,18 @@ Nothing is ever unpickled, and an array's size is checked in its header before i
 
 from __future__ import annotations
 
-import io
 import itertools
-import lzma
-import math
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
 
-from onnxprune.errors import FileError, UsageError
+from onnxprune.arrays import IMAGES, Entry, Inputs, Shape, open_entries, picture, reading, shape_text, tensor
+from onnxprune.errors import UsageError
 
-MAX_ARRAY_BYTES = 4 << 30  # of one array, counting only the samples that ``limit`` leaves
-_HEADER_BYTES = 12_000  # numpy itself refuses headers of more than 10,000 characters
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-_IMAGES = frozenset([".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 _WANTED = {"label": ("label", "labels"), "target": ("target", "targets")}
-
-_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-
-Shape = tuple[int | str | None, ...]
-Inputs = Mapping[str, tuple[Shape, np.dtype]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +86,7 @@ def load(
     Raises
     ------
     FileError
-        A file is missing, unreadable, or holds an array of more than :data:`MAX_ARRAY_BYTES`.
+        A file is missing, unreadable, or holds an array of more than :data:`onnxprune.arrays.MAX_ARRAY_BYTES`.
     UsageError
         The content does not fit the model, holds NaN, or needs Pillow, which is missing.
     """
@@ -132,124 +114,6 @@ def load(
     )
 
 
-# -- arrays in files ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what missing, forbidden and damaged files raise into :class:`FileError`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileError(f"{path}: no such file or folder") from error
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (EOFError, MemoryError, RuntimeError, SyntaxError, ValueError, *_DAMAGED) as error:
-        raise FileError(f"{path}: damaged, or not what its name says ({error}); write it again") from error
-
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """An array in a file, of which only the header has been read."""
-
-    path: Path
-    name: str
-    opened: Callable[[], IO[bytes]]
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype
-    offset: int
-
-    def read(self, rows: int | None = None) -> np.ndarray:
-        """Read the values, of the first ``rows`` entries of axis 0 where that is given."""
-        shape = (min(rows, self.shape[0]), *self.shape[1:]) if rows and self.shape and not self.fortran else self.shape
-        n_bytes = math.prod(shape) * self.dtype.itemsize
-        if self.dtype.kind not in "biuf":
-            raise FileError(f"{self.path}: array {self.name!r} has type {self.dtype}; only plain numbers are read")
-        if n_bytes > MAX_ARRAY_BYTES:
-            raise FileError(
-                f"{self.path}: array {self.name!r} of shape {self.shape} takes {n_bytes / 2**30:.1f} GiB, over the bound "
-                f"of {MAX_ARRAY_BYTES / 2**30:g}; read fewer samples or split the file"
-            )
-        with _reading(self.path), self.opened() as stream:
-            stream.read(self.offset)
-            values = bytearray(stream.read(n_bytes))
-            if len(values) < n_bytes:
-                raise EOFError(f"array {self.name!r} ends early")
-            array: np.ndarray = np.ndarray(shape, self.dtype, values, order="F" if self.fortran else "C")
-        return array[:rows] if rows else array
-
-
-def _entry(path: Path, name: str, opened: Callable[[], IO[bytes]]) -> _Entry:
-    with opened() as stream:
-        head = io.BytesIO(stream.read(_HEADER_BYTES))
-    version = np.lib.format.read_magic(head)
-    if version not in _HEADERS:
-        raise ValueError(f"array {name!r} is of .npy version {version}")
-    shape, fortran, dtype = _HEADERS[version](head)
-    if min(shape, default=0) < 0:
-        raise ValueError(f"array {name!r} has shape {shape}")
-    return _Entry(path, name, opened, shape, fortran, dtype, head.tell())
-
-
-@contextmanager
-def _entries(path: Path, inputs: Inputs) -> Iterator[dict[str, _Entry]]:
-    """Open an .npz or .npy file; the one array of .npy takes the name of the model's one input."""
-    with ExitStack() as stack:
-        with _reading(path):
-            if path.suffix.lower() == ".npy":
-                name = next(iter(inputs)) if len(inputs) == 1 else path.stem
-                entries = {name: _entry(path, name, lambda: path.open("rb"))}
-            else:
-                archive = stack.enter_context(zipfile.ZipFile(path))
-                members = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-                entries = {name: _entry(path, name, partial(archive.open, f"{name}.npy")) for name in members}
-        yield entries
-
-
-def _tensor(path: Path) -> tuple[str, np.ndarray]:
-    """Name and values of an ONNX tensor file."""
-    with _reading(path):
-        if path.stat().st_size > MAX_ARRAY_BYTES:
-            raise FileError(f"{path}: over the bound of {MAX_ARRAY_BYTES / 2**30:g} GiB")
-        content = path.read_bytes()
-        try:
-            tensor = onnx.TensorProto.FromString(content)
-        except Exception as error:  # protobuf's DecodeError differs between its implementations
-            raise FileError(f"{path}: not an ONNX tensor") from error
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            raise FileError(f"{path}: keeps its values in another file, which is not read; store them inside")
-        try:
-            return tensor.name, numpy_helper.to_array(tensor)
-        except (TypeError, ValueError) as error:
-            raise FileError(f"{path}: not a complete ONNX tensor ({error})") from error
-
-
-def _picture(path: Path, shape: Shape) -> np.ndarray:
-    """Pixels of an image, uint8, in the channels and axis order of a declared input shape."""
-    try:
-        from PIL import Image  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise UsageError(f"{path}: reading images needs Pillow; pip install 'onnxprune[images]'") from error
-    if len(shape) != 4:
-        raise UsageError(f"{path}: a picture does not fit an input of shape {_text(shape)}; images need four axes")
-    last = shape[3] in (1, 3) and shape[1] not in (1, 3)
-    channels = shape[3 if last else 1]
-    try:
-        with _reading(path), Image.open(path) as image:
-            if image.mode[0] in "IF" or (isinstance(channels, int) and channels not in (1, 3)):
-                raise UsageError(
-                    f"{path}: mode {image.mode} does not fit an input of shape {_text(shape)}; images are read as 8 "
-                    "bits in 1 or 3 channels, store others as .npy"
-                )
-            grey = channels == 1 or (channels != 3 and image.mode in ("1", "L"))
-            pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    except Image.DecompressionBombError as error:
-        raise FileError(f"{path}: {error}") from error
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    return pixels if last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
 # -- from files to items -----------------------------------------------------------------------------------------------
 
 
@@ -273,7 +137,7 @@ class _Item:
 
 
 def _items(path: Path, inputs: Inputs, limit: int | None, notes: list[str]) -> list[_Item]:
-    with _reading(path):
+    with reading(path):
         path.stat()
         files = sorted(path.iterdir()) if path.is_dir() else []
     if path.is_dir():
@@ -282,7 +146,7 @@ def _items(path: Path, inputs: Inputs, limit: int | None, notes: list[str]) -> l
         raise UsageError(
             f"{path}: unknown kind of data; give .npz, or a folder of .npy, .npz, images or test_data_set_N"
         )
-    with _entries(path, inputs) as entries:
+    with open_entries(path, inputs) as entries:
         sources = _sources(path, entries, inputs, notes)
         columns = {name: column for name, array in sources.items() if (column := _column(entries, array))}
         lengths = {name: len(column) if isinstance(column, list) else _rows(column) for name, column in columns.items()}
@@ -296,7 +160,7 @@ def _items(path: Path, inputs: Inputs, limit: int | None, notes: list[str]) -> l
     ]
 
 
-def _column(entries: Mapping[str, _Entry], name: str) -> _Entry | list[_Entry] | None:
+def _column(entries: Mapping[str, Entry], name: str) -> Entry | list[Entry] | None:
     """One array of all samples, or the arrays NAME_000, NAME_001, ..., or None."""
     if name in entries:
         return entries[name]
@@ -305,20 +169,20 @@ def _column(entries: Mapping[str, _Entry], name: str) -> _Entry | list[_Entry] |
     return [numbered[number] for number in sorted(numbered)] or None
 
 
-def _rows(entry: _Entry) -> int:
+def _rows(entry: Entry) -> int:
     if not entry.shape:
         raise UsageError(f"{entry.path}: array {entry.name!r} is a single number; axis 0 must be the samples")
     return entry.shape[0]
 
 
-def _pieces(column: _Entry | list[_Entry], limit: int | None) -> list[np.ndarray]:
+def _pieces(column: Entry | list[Entry], limit: int | None) -> list[np.ndarray]:
     if isinstance(column, list):
         return [entry.read() for entry in column[:limit]]
     array = column.read(limit)
     return [array[k, ...] for k in range(len(array))]
 
 
-def _sources(where: Path, entries: Mapping[str, _Entry], inputs: Inputs, notes: list[str]) -> dict[str, str]:
+def _sources(where: Path, entries: Mapping[str, Entry], inputs: Inputs, notes: list[str]) -> dict[str, str]:
     """Name of the array, or of the numbered arrays, that holds each input, and label and target where there are any."""
     keys = {kind: [key for key in keys if key not in inputs] for kind, keys in _WANTED.items() if kind not in inputs}
     wanted = {kind: key for kind in keys for key in keys[kind] if _column(entries, key)}
@@ -333,12 +197,12 @@ def _sources(where: Path, entries: Mapping[str, _Entry], inputs: Inputs, notes: 
         if len(usable) == 1:
             notes.append(f"array {usable[0]!r} is taken as the model's input {missing[0]!r}")
             return {missing[0]: usable[0]} | wanted
-    asked = ", ".join(f"{name!r} {_text(inputs[name][0])}" for name in missing)
+    asked = ", ".join(f"{name!r} {shape_text(inputs[name][0])}" for name in missing)
     found = ", ".join(f"{name!r} {entry.shape}" for name, entry in entries.items()) or "none"
     raise UsageError(f"{where}: no array for input {asked}; found {found[:300]}; name the arrays as the model's inputs")
 
 
-def _could_fit(entry: _Entry, shape: Shape) -> bool:
+def _could_fit(entry: Entry, shape: Shape) -> bool:
     inner = shape[1:]
     tail = entry.shape[len(entry.shape) - len(inner) :]
     return (
@@ -353,7 +217,7 @@ def _folder(path: Path, files: list[Path], inputs: Inputs, limit: int | None, no
     if sets:
         return [_test_data_set(folder, inputs) for folder in sets[:limit]]
     arrays = [file for file in files if file.suffix.lower() in (".npy", ".npz")]
-    images = [file for file in files if file.suffix.lower() in _IMAGES]
+    images = [file for file in files if file.suffix.lower() in IMAGES]
     if bool(arrays) == bool(images):
         kinds = "both arrays and images" if arrays else "no .npy, .npz, input_0.pb or image"
         raise UsageError(f"{path}: holds {kinds}; give a folder of one kind")
@@ -362,7 +226,7 @@ def _folder(path: Path, files: list[Path], inputs: Inputs, limit: int | None, no
     if len(inputs) != 1:
         raise UsageError(f"{path}: images feed one input, the model has {len(inputs)} ({', '.join(inputs)}); use .npz")
     ((name, (shape, _)),) = inputs.items()
-    return [_item(str(file), {name: _picture(file, shape)}, inputs) for file in images[:limit]]
+    return [_item(str(file), {name: picture(file, shape)}, inputs) for file in images[:limit]]
 
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:
@@ -370,18 +234,18 @@ def _numbered(folder: Path, pattern: str) -> list[Path]:
 
 
 def _test_data_set(folder: Path, inputs: Inputs) -> _Item:
-    tensors = [_tensor(file) for file in _numbered(folder, "input_*.pb")]
+    tensors = [tensor(file) for file in _numbered(folder, "input_*.pb")]
     if len(tensors) != len(inputs):
         raise UsageError(f"{folder}: holds {len(tensors)} inputs, the model takes {len(inputs)} ({', '.join(inputs)})")
     by_name = dict(tensors)
     arrays = by_name if set(by_name) == set(inputs) else dict(zip(inputs, (a for _, a in tensors), strict=True))
-    outputs = (_tensor(file)[1] for file in _numbered(folder, "output_*.pb"))
+    outputs = (tensor(file)[1] for file in _numbered(folder, "output_*.pb"))
     target = next((array for array in outputs if array.dtype.kind == "f"), None)
     return _item(str(folder), arrays if target is None else {**arrays, "target": target}, inputs)
 
 
 def _one_sample(file: Path, inputs: Inputs, notes: list[str]) -> _Item:
-    with _entries(file, inputs) as entries:
+    with open_entries(file, inputs) as entries:
         sources = _sources(file, entries, inputs, notes)
         sources |= {k: key for k, keys in _WANTED.items() if k not in inputs for key in keys if key in entries}
         if numbered := [array for array in sources.values() if array not in entries]:
@@ -405,7 +269,7 @@ def _item(where: str, arrays: Mapping[str, np.ndarray], inputs: Inputs) -> _Item
         fixed = shape if as_fed else (None, *shape[1:])
         if not _fits(fed[name].shape, fixed):
             raise UsageError(
-                f"{where}: input {name!r} has shape {arrays[name].shape}, the model takes {_text(shape)}; "
+                f"{where}: input {name!r} has shape {arrays[name].shape}, the model takes {shape_text(shape)}; "
                 "give each sample that shape, with or without the batch axis"
             )
     count = 1 if whole else count
@@ -428,10 +292,6 @@ def _fits(shape: tuple[int, ...], declared: Shape) -> bool:
         and 0 not in shape
         and all(not isinstance(want, int) or want == n for want, n in zip(declared, shape, strict=True))
     )
-
-
-def _text(shape: Shape) -> str:
-    return f"({', '.join('?' if n is None else str(n) for n in shape)})"
 
 
 # -- from items to feeds -----------------------------------------------------------------------------------------------

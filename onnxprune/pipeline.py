@@ -6,78 +6,27 @@ import gc
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 
-from onnxprune import data, onnx_io, report, runtime
+from onnxprune import onnx_io, report, runtime
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, UsageError
-from onnxprune.metrics import View
-from onnxprune.metrics import find as find_metric
-from onnxprune.passes import validate
+from onnxprune.options import Clock, ModelLike, Options, Progress, silent
 from onnxprune.passes.apply import apply as apply_plan
 from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
 from onnxprune.passes.score import Scores, score
-from onnxprune.passes.select import PRESETS, Limits, Selection, lowest, select
-from onnxprune.passes.validate import Quality
+from onnxprune.passes.select import PRESETS, Selection, lowest, select
 from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan
 from onnxprune.report import Report, Target
-
-ModelLike = str | os.PathLike | onnx.ModelProto
-Progress = Callable[[str, int, int], None]
-
-
-STAGES = ("load", "couple", "score", "select", "compensate", "apply", "prove", "save")
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Show no progress."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may choose; the command line's options of the same names.
-
-    Attributes
-    ----------
-    targets
-        Budget per kind (``mac``, ``params``, ``bandwidth``, ``size``): at most 1 is a share, more is absolute.
-    """
-
-    targets: Mapping[str, float] = field(default_factory=dict)
-    preset: str = "d"
-    criterion: str = "l2"
-    align: int = 1
-    min_channels: int = 1
-    max_prune: float = 1.0
-    ignore: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    provider: str = ""
-    seed: int = 0
-    proof: bool = True
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise UsageError(f"preset {self.preset!r}: unknown; choose from {', '.join(PRESETS)}")
-        if self.align < 1 or self.min_channels < 1 or not 0 <= self.max_prune <= 1:
-            raise UsageError("align and min_channels are at least 1, max_prune lies between 0 and 1")
-        for kind, value in self.targets.items():
-            if not value > 0 or value == float("inf"):
-                raise UsageError(f"target {kind} {value}: must be a share in (0, 1] or an absolute number above 1")
-
-    @property
-    def limits(self) -> Limits:
-        """The options that limit every group."""
-        return Limits(self.align, self.min_channels, self.max_prune)
 
 
 @dataclass(frozen=True)
@@ -87,27 +36,6 @@ class Result:
     model: onnx.ModelProto
     plan: Plan
     report: Report
-
-
-class Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begin = time.perf_counter()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure one stage."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-    def timings(self) -> dict[str, float]:
-        """All stages (zero for those that did not run) and their total."""
-        return {**dict.fromkeys(STAGES, 0.0), **self.seconds, "total": time.perf_counter() - self._begin}
 
 
 @dataclass(frozen=True)
@@ -280,57 +208,6 @@ def verify(
     return described
 
 
-def evaluate(
-    model: ModelLike, data_path: str | os.PathLike, metric: str, *, reference: ModelLike | None = None,
-    output: Literal["direct", "residual"] = "direct", clip: bool = False, provider: str = "", progress: Progress = silent,
-) -> Quality:  # fmt: skip
-    """Measure the quality of a model on a data set (see :mod:`onnxprune.data` for what it may be)."""
-    session = _session(model, provider)
-    samples = data.load(pathlib.Path(data_path), session.inputs)
-    other = _session(reference, provider) if reference is not None else None
-    view = View(output=output, clip=clip)
-    return validate.evaluate(
-        session, samples, metric, reference=other, view=view,
-        progress=lambda done, total: progress("evaluate", done, total),
-    )  # fmt: skip
-
-
-def compare_quality(
-    before: ModelLike, after: ModelLike, data_path: str | None, metric: str | None, provider: str = ""
-) -> tuple[Quality, Quality] | None:
-    """Quality of two models on the same data; None where no data is given."""
-    if data_path is None and metric is None:
-        return None
-    if data_path is None or metric is None:
-        raise UsageError("--data and --metric go together")
-    reference = before if find_metric(metric).needs == "reference" else None
-    first = evaluate(before, data_path, metric, reference=reference, provider=provider)
-    return first, evaluate(after, data_path, metric, reference=reference, provider=provider)
-
-
-def guard(quality: tuple[Quality, Quality] | None, max_drop: float | None, min_quality: float | None) -> str | None:
-    """Say in words which limit a pruned model breaks; None where it is good enough."""
-    if max_drop is None and min_quality is None:
-        return None
-    if quality is None:
-        raise UsageError("--max-drop and --min-quality need --data and --metric")
-    before, after = quality
-    lost = validate.drop(before, after)
-    if max_drop is not None and not lost <= max_drop:
-        return f"{after.metric} falls from {before.value:.6g} to {after.value:.6g}, by more than {max_drop:g}"
-    worse = after.value < min_quality if min_quality is not None and after.higher_is_better else False
-    if min_quality is not None and (worse or (not after.higher_is_better and after.value > min_quality)):
-        return f"{after.metric} is {after.value:.6g}, {min_quality:g} is asked for"
-    return None
-
-
-def _session(model: ModelLike, provider: str) -> runtime.Session:
-    if isinstance(model, onnx.ModelProto):
-        return runtime.Session(model.SerializeToString(), provider)
-    onnx_io.require_file(pathlib.Path(model))
-    return runtime.Session(str(model), provider)
-
-
 def describe(loaded: Loaded, options: Options, keep: np.ndarray, scores: np.ndarray, clock: Clock) -> Report:
     """Put down everything that is known about a model under ``keep`` (bool per class)."""
     cost, every = loaded.cost, np.ones(len(keep), bool)
@@ -398,16 +275,6 @@ def read_plan(plan: Plan | str | os.PathLike) -> Plan:
         raise ModelError(f"{plan}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{plan}: the plan cannot be read ({error})") from error
-
-
-def with_latency(done: Report, provider: str = "") -> Report:
-    """Measure both files of a finished run side by side, and add their median milliseconds to its report."""
-    files = [str(done.input["path"]), str(done.output["path"])]
-    before, after = runtime.compare_latency(files, done.input_shapes, provider)
-    notes = done.notes
-    if after > before and done.after["mac"] < done.before["mac"]:
-        notes = (*notes, "fewer MAC, but not faster here: onnxruntime computes in blocks of channels; try --align 16")
-    return replace(done, latency_ms=(before, after), notes=notes)
 
 
 def _apply_and_prove(

@@ -9,6 +9,8 @@ import onnx
 from google.protobuf.message import Message
 from onnx import numpy_helper
 
+INTEGERS = (2, 3, 4, 5, 6, 7, 9, 12, 13)  # TensorProto data types: integers and bool
+
 
 def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
     """Tensor of a Constant node, whichever attribute holds it; None for strings and sparse tensors."""

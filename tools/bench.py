@@ -26,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "fixtures")
 
 import architectures
 from onnxprune import pipeline
+from onnxprune.options import Clock, Options
 from onnxprune.passes.score import score
 from onnxprune.passes.select import PRESETS, Limits, lowest, select
 
@@ -42,7 +43,7 @@ print(json.dumps({{"seconds": time.perf_counter() - before, "peak": peak}}))
 def stages(model: onnx.ModelProto, share: float = 0.6) -> dict[str, float] | None:
     """Seconds of reading, coupling, scoring and selecting in this process; None where nothing can be pruned."""
     begin = time.perf_counter()
-    loaded = pipeline.load(model, pipeline.Options(), pipeline.Clock())
+    loaded = pipeline.load(model, Options(), Clock())
     coupling, cost = loaded.coupling, loaded.cost
     coupled = time.perf_counter()
     scores = score(coupling)

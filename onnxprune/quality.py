@@ -1,0 +1,80 @@
+"""Measure models: quality on data, the quality guard, latency."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from dataclasses import replace
+from typing import Literal
+
+import onnx
+
+from onnxprune import data, onnx_io, runtime
+from onnxprune.errors import UsageError
+from onnxprune.metrics import View
+from onnxprune.metrics import find as find_metric
+from onnxprune.options import ModelLike, Progress, silent
+from onnxprune.passes import validate
+from onnxprune.passes.validate import Quality
+from onnxprune.report import Report
+
+
+def evaluate(
+    model: ModelLike, data_path: str | os.PathLike, metric: str, *, reference: ModelLike | None = None,
+    output: Literal["direct", "residual"] = "direct", clip: bool = False, provider: str = "", progress: Progress = silent,
+) -> Quality:  # fmt: skip
+    """Measure the quality of a model on a data set (see :mod:`onnxprune.data` for what it may be)."""
+    session = _session(model, provider)
+    samples = data.load(pathlib.Path(data_path), session.inputs)
+    other = _session(reference, provider) if reference is not None else None
+    view = View(output=output, clip=clip)
+    return validate.evaluate(
+        session, samples, metric, reference=other, view=view,
+        progress=lambda done, total: progress("evaluate", done, total),
+    )  # fmt: skip
+
+
+def compare_quality(
+    before: ModelLike, after: ModelLike, data_path: str | None, metric: str | None, provider: str = ""
+) -> tuple[Quality, Quality] | None:
+    """Quality of two models on the same data; None where no data is given."""
+    if data_path is None and metric is None:
+        return None
+    if data_path is None or metric is None:
+        raise UsageError("--data and --metric go together")
+    reference = before if find_metric(metric).needs == "reference" else None
+    first = evaluate(before, data_path, metric, reference=reference, provider=provider)
+    return first, evaluate(after, data_path, metric, reference=reference, provider=provider)
+
+
+def guard(quality: tuple[Quality, Quality] | None, max_drop: float | None, min_quality: float | None) -> str | None:
+    """Say in words which limit a pruned model breaks; None where it is good enough."""
+    if max_drop is None and min_quality is None:
+        return None
+    if quality is None:
+        raise UsageError("--max-drop and --min-quality need --data and --metric")
+    before, after = quality
+    lost = validate.drop(before, after)
+    if max_drop is not None and not lost <= max_drop:
+        return f"{after.metric} falls from {before.value:.6g} to {after.value:.6g}, by more than {max_drop:g}"
+    worse = after.value < min_quality if min_quality is not None and after.higher_is_better else False
+    if min_quality is not None and (worse or (not after.higher_is_better and after.value > min_quality)):
+        return f"{after.metric} is {after.value:.6g}, {min_quality:g} is asked for"
+    return None
+
+
+def _session(model: ModelLike, provider: str) -> runtime.Session:
+    if isinstance(model, onnx.ModelProto):
+        return runtime.Session(model.SerializeToString(), provider)
+    onnx_io.require_file(pathlib.Path(model))
+    return runtime.Session(str(model), provider)
+
+
+def with_latency(done: Report, provider: str = "") -> Report:
+    """Measure both files of a finished run side by side, and add their median milliseconds to its report."""
+    files = [str(done.input["path"]), str(done.output["path"])]
+    before, after = runtime.compare_latency(files, done.input_shapes, provider)
+    notes = done.notes
+    if after > before and done.after["mac"] < done.before["mac"]:
+        notes = (*notes, "fewer MAC, but not faster here: onnxruntime computes in blocks of channels; try --align 16")
+    return replace(done, latency_ms=(before, after), notes=notes)
