@@ -63,7 +63,7 @@ class Amount(click.ParamType):
         """Parse ``0.6``, ``300M`` or ``4MB``."""
         if isinstance(value, int | float):
             value = str(value)
-        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?\d+)?)\s*([KMGT]?)i?B?\s*", str(value), re.IGNORECASE)
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?\d+)?)\s*([KMGT]?)B?\s*", str(value), re.IGNORECASE)
         if not found:
             self.fail(f"{value!r} is neither a share like 0.6 nor an amount like 300M", param, ctx)
         amount = float(found[1]) * _UNITS[found[2].upper()]
@@ -98,7 +98,7 @@ def _model_options(command: Callable) -> Callable:
         (
             click.option("--input-shape", "input_shapes", type=InputShape(), multiple=True, help="NAME:1,3,224,224."),
             click.option("--provider", default="", help="onnxruntime execution provider."),
-            click.option("--seed", default=0, show_default=True, help="Seed of everything random."),
+            click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random."),
             click.option("--json", "json_path", type=click.Path(), help="Write the report as JSON (- for stdout)."),
             click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
             click.option("-v", "--verbose", is_flag=True, help="Print every layer, and tracebacks."),
@@ -120,12 +120,21 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
         raise FileError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: is not valid TOML ({error})") from error
-    table = {**{k: v for k, v in data.items() if not isinstance(v, dict)}, **data.get(ctx.info_name or "", {})}
+    own = data.get(ctx.info_name or "", {})
+    if not isinstance(own, dict):
+        raise UsageError(f"{path}: [{ctx.info_name}] is not a table")
+    strangers = [name for name, value in data.items() if isinstance(value, dict) and name not in commands.commands]
+    if strangers:
+        raise UsageError(f"{path}: [{strangers[0]}] is no command")
+    table = {**{k: v for k, v in data.items() if not isinstance(v, dict)}, **own}
     known = {name.lstrip("-"): option.name for option in ctx.command.params for name in option.opts}
     unknown = [key for key in table if key not in known]
     if unknown:
         raise UsageError(f"{path}: unknown option {unknown[0]}")
-    ctx.default_map = {**(ctx.default_map or {}), **{known[key]: value for key, value in table.items()}}
+    several = {option.name for option in ctx.command.params if getattr(option, "multiple", False)}
+    chosen = {known[key]: value for key, value in table.items()}
+    chosen = {key: [value] if key in several and isinstance(value, str) else value for key, value in chosen.items()}
+    ctx.default_map = {**(ctx.default_map or {}), **chosen}
 
 
 def _select_options(command: Callable) -> Callable:
@@ -189,7 +198,9 @@ def prune(model: str, out: str, **given: Any) -> None:
     with _run(given) as (console, options):
         if not options.targets:
             raise UsageError("no target; give one, for example --target-mac 0.6")
+        _check_writes([model], [out, given["json_path"], given["plan_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
+        quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"])
         with _progress(given) as progress:
             result = pipeline.prune(model, options, progress)
         measured = quality.compare_quality(
@@ -199,6 +210,7 @@ def prune(model: str, out: str, **given: Any) -> None:
         if failed and not given["keep_going"]:
             raise QualityError(f"{failed}; nothing was written (--keep-going writes it all the same)")
         done = replace(pipeline.write(result, model, out, force=given["force"]), quality=measured)
+        given["written"] = out
         plan = result.plan
         del result
         if given["plan_out"]:
@@ -221,6 +233,7 @@ def inspect(model: str, **given: Any) -> None:
     Example:  onnxprune inspect model.onnx
     """
     with _run(given) as (console, options):
+        _check_writes([model], [given["json_path"]])
         _finish(console, pipeline.inspect(model, options), given, text.inspection)
 
 
@@ -238,6 +251,7 @@ def apply(model: str, out: str, plan: str, **given: Any) -> None:
     Example:  onnxprune apply finetuned.onnx pruned.onnx --plan plan.json
     """
     with _run(given) as (console, options):
+        _check_writes([model, plan], [out, given["json_path"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         with _progress(given) as progress:
             result = pipeline.apply(model, plan, options, progress)
@@ -256,6 +270,7 @@ def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
     Example:  onnxprune verify original.onnx trained.onnx --plan plan.json
     """
     with _run(given) as (console, options):
+        _check_writes([original, pruned, plan], [given["json_path"]])
         with _progress(given) as progress:
             done = pipeline.verify(original, pruned, plan, options, progress)
         _finish(console, done, given, partial(text.summary, verb="verified"))
@@ -278,6 +293,7 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
     Example:  onnxprune evaluate model.onnx --data eval.npz --metric psnr
     """
     with _run(given) as (console, options):
+        _check_writes([model, data], [given["json_path"]])
         with _progress(given) as progress:
             found = quality.evaluate(
                 model, data, metric, reference=given["reference"], output=given["output"], clip=given["clip"],
@@ -303,7 +319,8 @@ def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, Options]]:
     except OnnxPruneError as error:
         _fail(error, given, str(error))
     except (KeyboardInterrupt, click.exceptions.Abort) as error:
-        _fail(error, given, "interrupted; nothing was written", code=130)
+        kept = f"{given['written']} was written" if given.get("written") else "nothing was written"
+        _fail(error, given, f"interrupted; {kept}", code=130)
     except click.ClickException:
         raise
     except Exception as error:
@@ -311,6 +328,26 @@ def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, Options]]:
             f"internal error: {type(error).__name__}: {error}\nThis is a bug; please report it with the output of -v."
         )
         _fail(error, given, detail)
+
+
+def _check_writes(reads: Sequence[str], writes: Sequence[str | None]) -> None:
+    """Refuse to write one file over another that is read or written, and into folders that do not exist."""
+    taken = {pathlib.Path(path).resolve(): path for path in reads}
+    for path in writes:
+        if path is None or path == "-":
+            continue
+        target = pathlib.Path(path).resolve()
+        if target in taken or any(_same_file(target, other) for other in taken):
+            raise UsageError(f"{path}: is also another file of this command; choose another name")
+        if target.is_dir():
+            raise UsageError(f"{path}: is a folder; name a file in it")
+        if not target.parent.is_dir():
+            raise FileError(f"{path}: the folder {target.parent} does not exist")
+        taken[target] = path
+
+
+def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:
+    return a.is_file() and b.is_file() and a.samefile(b)
 
 
 def _fail(error: BaseException, given: Mapping[str, Any], message: str, code: int | None = None) -> NoReturn:
@@ -368,7 +405,10 @@ def _finish(console: Console, done: Report, given: Mapping[str, Any], show: Call
 
 def _write_json(path: str | None, content: Mapping[str, Any]) -> None:
     if path == "-":
-        click.echo(json.dumps(content, indent=1))
+        try:
+            click.echo(json.dumps(content, indent=1))
+        except OSError as error:
+            raise FileError(f"standard output: cannot be written ({error.strerror})") from error
     elif path:
         onnx_io.write(path, json.dumps(content, indent=1).encode())
 

@@ -87,14 +87,6 @@ class Coupling:
         """Axes of a computed tensor."""
         return self.ledger.layout(tensor).axes
 
-    def signature(self, axis: Axis) -> np.ndarray:
-        """Class of every index of an axis; -1 on unlabelled ones, and pairs are hashed where an axis is a product."""
-        out = np.zeros(1, np.int64)
-        for atom in axis:
-            own = np.full(atom.size, -1) if atom.labels is None else self.classes[atom.labels]
-            out = (out[:, None] * np.int64(1_000_003) + own[None]).ravel()
-        return out
-
     @cached_property
     def contractions(self) -> tuple[Contraction, ...]:
         """Where axes of computed tensors end."""
@@ -137,7 +129,7 @@ class Coupling:
 
 
 def _groups(coupling: Coupling) -> Iterable[Group]:
-    """Classes with the same set of atoms form a group; equal sets are found by hashing."""
+    """Classes that occur equally often on the same axes form a group; equal occurrence is found by hashing."""
     ledger, n = coupling.ledger, coupling.n_classes
     arrays = list({array.tobytes(): array for array in (coupling.classes[labels] for labels in ledger.atoms)}.values())
     if not arrays:
@@ -145,10 +137,9 @@ def _groups(coupling: Coupling) -> Iterable[Group]:
     rng = np.random.default_rng(0)
     marks = rng.integers(0, 2**62, len(arrays), dtype=np.int64)
     owner = np.repeat(np.arange(len(arrays)), [len(array) for array in arrays])
-    pairs = distinct(np.concatenate(arrays) * len(arrays) + owner)
     signature = np.zeros(n, np.int64)
-    with np.errstate(over="ignore"):
-        np.add.at(signature, pairs // len(arrays), marks[pairs % len(arrays)])
+    with np.errstate(over="ignore"):  # a sum counts how often a channel occurs on each axis, too
+        np.add.at(signature, np.concatenate(arrays), marks[owner])
     listed = ~coupling.frozen
     for work in ledger.works:
         for axis in work.axes:

@@ -38,7 +38,7 @@ class BudgetError(OnnxPruneError):
     message
         What was asked, what is possible, what to do.
     floor
-        Smallest reachable cost, in the unit of the request.
+        Smallest reachable cost, absolute.
     culprits
         Names of the layers that cost most at the floor.
     """

@@ -206,7 +206,7 @@ class Ledger:
         return self.labelled(self.fresh(size))
 
     def labelled(self, labels: np.ndarray) -> Atom:
-        """Return an atom that carries these labels; a single index has no atom, so its label freezes."""
+        """Return an atom that carries these labels."""
         self.atoms.append(labels)
         return Atom(len(labels), labels)
 
@@ -226,7 +226,13 @@ class Ledger:
             self.ties.append((a, b))
 
     def contract(self, node: Node, index: int, axis: int, *, redefined: bool = False) -> None:
-        """Record that an axis of an input ends at this node."""
+        """Record that an axis of an input ends at this node.
+
+        Where only constants take part, as in weight normalisation, a result computed from fewer would be another weight: the
+        axis freezes.
+        """
+        if all(self.model.constant(name) is not None or name in self.derived for name in node.inputs if name):
+            self.freeze([self.input(node, index).axes[axis]], "a weight is computed from all of it", node.inputs[index])
         self.contractions.append(Contraction(node, index, axis, redefined))
 
     def work(self, node: Node, axes: Sequence[Axis], factor: float = 1, weight: int | None = None) -> None:

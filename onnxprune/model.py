@@ -104,6 +104,11 @@ class Model:
     notes: tuple[str, ...] = ()
     n_nodes: int = 0
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the file declares every length of every input."""
+        return all(isinstance(size, int) and size > 0 for dims in self.declared.values() for size in dims)
+
     def constant(self, name: str) -> Constant | None:
         """The constant behind ``name``, through Identity, or None."""
         return self.constants.get(self.aliases.get(name, name))

@@ -14,7 +14,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxprune.errors import FileError, ModelError, UsageError
-from onnxprune.protos import INTEGERS, constant_tensor
+from onnxprune.protos import INTEGERS, constant_tensor, tensors
 from onnxprune.reader import read  # noqa: F401 (reading belongs to input and output)
 
 MAX_PROTOBUF = 2**31 - 1  # bytes that protobuf serialises at most
@@ -87,11 +87,15 @@ def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
 
 
 def write(path: str | os.PathLike, data: bytes) -> None:
-    """Write bytes to ``path`` through a temporary file and a rename."""
-    path = pathlib.Path(path)
+    """Write bytes to ``path`` through a temporary file and a rename; a link's target, and a device as it is."""
+    path = pathlib.Path(path).resolve()
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent)
+        if path.exists() and not path.is_file():
+            with path.open("wb") as device:
+                device.write(data)
+            return
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.{os.getpid()}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         mask = os.umask(0)
@@ -108,14 +112,7 @@ def write(path: str | os.PathLike, data: bytes) -> None:
 
 def copy(source: pathlib.Path, out: pathlib.Path, *, force: bool = False) -> None:
     """Copy a model file byte for byte, with its external data where that lies in another folder than ``out``."""
-    skeleton = onnx.load(source, load_external_data=False)
-    locations = {
-        entry.value
-        for tensor in skeleton.graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+    locations = external_files(onnx.load(source, load_external_data=False))
     for location in sorted(locations):
         data, twin = source.parent / location, out.parent / location
         if twin.exists() and twin.samefile(data):
@@ -125,6 +122,17 @@ def copy(source: pathlib.Path, out: pathlib.Path, *, force: bool = False) -> Non
         twin.parent.mkdir(parents=True, exist_ok=True)
         write(twin, data.read_bytes())
     write(out, source.read_bytes())
+
+
+def external_files(model: onnx.ModelProto) -> set[str]:
+    """Locations of external data, as the model names them, in initializers and attributes alike."""
+    return {
+        entry.value
+        for tensor in tensors(model.graph)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
 
 
 def compare(expected: onnx.ModelProto, given: onnx.ModelProto) -> tuple[tuple[str, ...], bool]:
@@ -146,6 +154,8 @@ def compare(expected: onnx.ModelProto, given: onnx.ModelProto) -> tuple[tuple[st
             exact = False
             if a.data_type in INTEGERS:
                 differences.append(f"{name} holds other integers")
+            elif not np.isfinite(numpy_helper.to_array(b).astype(np.float64)).all():
+                differences.append(f"{name} holds NaN or infinity")
     nodes = [[_without_values(node) for node in model.graph.node] for model in (expected, given)]
     if nodes[0] != nodes[1]:
         pairs = zip(nodes[0], nodes[1], strict=False)
@@ -154,8 +164,11 @@ def compare(expected: onnx.ModelProto, given: onnx.ModelProto) -> tuple[tuple[st
     for part in ("input", "output"):
         if list(getattr(expected.graph, part)) != list(getattr(given.graph, part)):
             differences.append(f"the graph's {part}s differ")
-    if list(expected.opset_import) != list(given.opset_import):
-        differences.append("opset imports differ")
+    for part in ("opset_import", "functions"):
+        if list(getattr(expected, part)) != list(getattr(given, part)):
+            differences.append(f"{part} differ")
+    if list(expected.graph.sparse_initializer) != list(given.graph.sparse_initializer):
+        differences.append("sparse initializers differ")
     return tuple(differences), exact and not differences
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from onnxprune import runtime
 from onnxprune.errors import UsageError
 from onnxprune.passes.select import PRESETS, Limits
 
@@ -50,6 +51,9 @@ class Options:
             raise UsageError(f"preset {self.preset!r}: unknown; choose from {', '.join(PRESETS)}")
         if self.align < 1 or self.min_channels < 1 or not 0 <= self.max_prune <= 1:
             raise UsageError("align and min_channels are at least 1, max_prune lies between 0 and 1")
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed}: must be 0 or more")
+        runtime.check_provider(self.provider)
         for kind, value in self.targets.items():
             if not value > 0 or value == float("inf"):
                 raise UsageError(f"target {kind} {value}: must be a share in (0, 1] or an absolute number above 1")

@@ -6,7 +6,7 @@ import gc
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from onnxprune import onnx_io, report, runtime
+from onnxprune.budget import Budget
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, UsageError
@@ -24,9 +25,9 @@ from onnxprune.passes.apply import apply as apply_plan
 from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
 from onnxprune.passes.score import Scores, score
-from onnxprune.passes.select import PRESETS, Selection, lowest, select
+from onnxprune.passes.select import PRESETS, lowest, select
 from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan
-from onnxprune.report import Report, Target
+from onnxprune.report import Report
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Loaded:
     cost: Cost
 
 
-def load(model: ModelLike, options: Options, clock: Clock) -> Loaded:
-    """Read and couple a model."""
+def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = None) -> Loaded:
+    """Read and couple a model, at the input shapes of ``plan`` where the options give none."""
     with clock.stage("load"):
         if isinstance(model, onnx.ModelProto):
             path, proto = None, model
@@ -58,7 +59,11 @@ def load(model: ModelLike, options: Options, clock: Clock) -> Loaded:
             path, proto = pathlib.Path(model), onnx_io.load(model)
         digest = onnx_io.sha256(path) if path is not None else ""
     with clock.stage("couple"), _collector_paused():
-        graph = onnx_io.read(proto, options.input_shapes)
+        shapes = options.input_shapes
+        if plan is not None and not shapes:
+            names = {value.name for value in proto.graph.input}
+            shapes = {name: shape for name, shape in plan.inputs.items() if name in names}
+        graph = onnx_io.read(proto, shapes)
         coupling = couple(graph, options.ignore, options.only)
         cost = Cost(coupling)
     return Loaded(proto, path, digest, coupling, cost)
@@ -99,50 +104,46 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     coupling, cost = loaded.coupling, loaded.cost
     every = np.ones(coupling.n_classes, bool)
     before = cost.of(every)
-    overhead = _file_size(loaded) - before["bytes"]
-    budget = {kind: _absolute(kind, value, before, overhead) for kind, value in options.targets.items()}
-    for kind, value in options.targets.items():
-        if value < 1 and not _cost_of(kind, before, overhead):
-            raise BudgetError(f"target out of reach: the model has no {kind} that could be reduced", 1.0)
-    met = all(_cost_of(kind, before, overhead) <= limit for kind, limit in budget.items())
+    budget = Budget(options.targets, before, overhead=loaded.proto.ByteSize() - before["bytes"])
     with clock.stage("score"):
         scores = score(coupling, options.criterion, options.seed)
     with clock.stage("select"):
-        if met:
-            selection = Selection(every, floor(loaded, options))
-        else:
-            kinds = {_kind(kind): limit - (overhead if kind == "size" else 0) for kind, limit in budget.items()}
-            selection = _select_to_fit(loaded, scores, kinds, budget, options)
-        plan = make_plan(coupling, selection.keep, loaded.sha256)
-    if met:
+        keep = every if budget.met else _select_to_fit(loaded, scores, budget, options)
+        plan = make_plan(coupling, keep, loaded.sha256)
+    if budget.met:
         pruned, proof = loaded.proto, None
     else:
-        pruned, proof = _apply_and_prove(loaded, plan, selection.keep, options, progress, clock)
-    notes = (*coupling.model.notes, *(("the model already meets the target; nothing was removed",) if met else ()))
-    described = describe(loaded, options, selection.keep, scores.value, clock)
-    size = _file_size(loaded) if met else pruned.ByteSize()
-    after = described.after if met else {**described.after, "params": onnx_io.n_params(pruned)}
-    target = _target(options, before, {**after, "bytes": size - overhead}, selection.floor, overhead)
-    return Result(pruned, plan, replace(described, after=after, target=target, proof=proof, notes=notes))
+        pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
+    described = describe(loaded, options, keep, scores.value, clock)
+    after = dict(described.after)
+    if not budget.met:
+        after |= {"params": onnx_io.n_params(pruned), "bytes": pruned.ByteSize() - round(budget.overhead)}
+    targets = budget.rows(after, floor(loaded, options))
+    notes = (
+        *coupling.model.notes,
+        *(("the model already meets the target; nothing was removed",) if budget.met else ()),
+    )
+    return Result(pruned, plan, replace(described, after=after, targets=targets, proof=proof, notes=notes))
 
 
-def _select_to_fit(
-    loaded: Loaded, scores: Scores, kinds: Mapping[str, float], budget: Mapping[str, float], options: Options
-) -> Selection:
+def _select_to_fit(loaded: Loaded, scores: Scores, budget: Budget, options: Options) -> np.ndarray:
     """Select; where copies of shared vectors make the file larger than its terms say, select again with that much less."""
-    kinds = dict(kinds)
+    less: dict[str, float] = {}
+    coupling, cost = loaded.coupling, loaded.cost
     while True:
-        selection = select(loaded.coupling, loaded.cost, scores, kinds, PRESETS[options.preset], options.limits)
-        if budget.keys() <= {"mac", "bandwidth"}:
-            return selection
-        plan = make_plan(loaded.coupling, selection.keep)
-        written = apply_plan(loaded.proto, loaded.coupling, plan, selection.keep)
+        try:
+            limits = budget.limits(less)
+            keep = select(coupling, cost, scores, limits, PRESETS[options.preset], options.limits).keep
+        except BudgetError as error:
+            raise budget.out_of_reach(error, floor(loaded, options)) from error
+        if budget.targets.keys() <= {"mac", "bandwidth"}:
+            return keep
+        written = apply_plan(loaded.proto, coupling, make_plan(coupling, keep), keep)
         actual = {"params": onnx_io.n_params(written), "size": written.ByteSize()}
-        over = {kind: actual[kind] - limit for kind, limit in budget.items() if kind in actual}
+        over = {kind: actual[kind] - budget.limit(kind) for kind in budget.targets.keys() & actual.keys()}
         if all(excess <= 0 for excess in over.values()):
-            return selection
-        for kind, excess in over.items():
-            kinds[_kind(kind)] -= max(0, excess)
+            return keep
+        less = {kind: less.get(kind, 0) + max(0, excess) for kind, excess in over.items()}
 
 
 def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> Report:
@@ -168,7 +169,7 @@ def apply(
     options = options or _options(chosen)
     plan = read_plan(plan)
     clock = Clock()
-    loaded = load(model, replace(options, input_shapes=options.input_shapes or _plan_shapes(model, plan)), clock)
+    loaded = load(model, options, clock, plan)
     keep = keep_of(loaded.coupling, plan)
     pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
@@ -193,12 +194,14 @@ def verify(
     options = options or _options(chosen)
     plan = read_plan(plan)
     clock = Clock()
-    loaded = load(original, replace(options, input_shapes=options.input_shapes or _plan_shapes(original, plan)), clock)
+    loaded = load(original, options, clock, plan)
     given = pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)
     keep = keep_of_groups(loaded.coupling, plan) if plan.groups else keep_of(loaded.coupling, plan)
     sliced, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     with clock.stage("compare"):
         differences, exact = onnx_io.compare(sliced, given)
+    if not differences:
+        _run_whole(loaded, given)
     if differences:
         raise ProofError(f"the pruned model is not what the plan makes of the original: {differences[0]}", differences)
     described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
@@ -298,17 +301,35 @@ def _apply_and_prove(
             f"the pruned graph is not the masked original: {proof.failures[0]}; nothing was written", proof.failures
         )
     with clock.stage("prove"):
-        _run_whole(pruned, loaded.coupling.model.input_shapes)
+        _run_whole(loaded, pruned)
     return pruned, proof
 
 
-def _run_whole(pruned: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Run the pruned model once as users will: in one piece, optimised, with its declared shapes."""
+def _run_whole(loaded: Loaded, pruned: onnx.ModelProto) -> None:
+    """Run the pruned model as users will: in one piece, optimised, with its declared shapes, and at another batch size."""
+    model = loaded.coupling.model
+    if pruned.ByteSize() >= onnx_io.MAX_PROTOBUF:
+        raise ModelError("the pruned model is larger than 2 GB, which a single file cannot hold; prune further")
     try:
         session = runtime.Session(pruned.SerializeToString())
-        session.run(runtime.random_feeds(session.inputs, shapes))
+        session.run(runtime.random_feeds(session.inputs, model.input_shapes))
     except ModelError as error:
         raise ProofError(f"the pruned model does not run: {error}; nothing was written", (str(error),)) from error
+    dynamic = {name for name, dims in model.declared.items() if dims and not isinstance(dims[0], int)}
+    larger = {name: (2, *shape[1:]) if name in dynamic else shape for name, shape in model.input_shapes.items()}
+    if not dynamic:
+        return
+    feeds = runtime.random_feeds(session.inputs, larger)
+    try:
+        session.run(feeds)
+    except ModelError as error:
+        try:
+            runtime.Session(loaded.proto.SerializeToString()).run(feeds)
+        except ModelError:
+            return  # the original does not run there either
+        raise ProofError(
+            f"the pruned model does not run at batch 2: {error}; nothing was written", (str(error),)
+        ) from error
 
 
 def _options(chosen: Mapping[str, Any]) -> Options:
@@ -320,38 +341,3 @@ def _options(chosen: Mapping[str, Any]) -> Options:
         return Options(targets=targets, **rest)
     except TypeError as error:
         raise UsageError(str(error)) from error
-
-
-def _plan_shapes(model: ModelLike, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The plan's input shapes, where the model has those inputs."""
-    proto = model if isinstance(model, onnx.ModelProto) else onnx_io.load(model)
-    names = {value.name for value in proto.graph.input}
-    return {name: shape for name, shape in plan.inputs.items() if name in names}
-
-
-def _kind(kind: str) -> str:
-    return "bytes" if kind == "size" else kind
-
-
-def _cost_of(kind: str, cost: Mapping[str, float], overhead: float) -> float:
-    return cost[_kind(kind)] + (overhead if kind == "size" else 0)
-
-
-def _absolute(kind: str, value: float, before: Mapping[str, int], overhead: float) -> float:
-    return value * _cost_of(kind, before, overhead) if value <= 1 else value
-
-
-def _file_size(loaded: Loaded) -> int:
-    return loaded.path.stat().st_size if loaded.path else loaded.proto.ByteSize()
-
-
-def _target(
-    options: Options, before: Mapping[str, int], after: Mapping[str, int], lowest: Mapping[str, float], overhead: float
-) -> Target | None:
-    for kind, requested in options.targets.items():
-        whole = _cost_of(kind, before, overhead)
-        unit = whole if requested <= 1 else 1.0
-        achieved = _cost_of(kind, after, overhead)
-        least = _cost_of(kind, lowest, overhead)
-        return Target(kind, requested, achieved / unit, least / unit, requested <= 1)
-    return None

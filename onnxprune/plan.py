@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.coupling import Coupling
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, ProofError
 
 Slices = dict[int, list[int]]
 
@@ -59,10 +59,12 @@ class Plan:
                 for name, axes in data["initializers"].items()
             }
             groups = tuple((g["id"], int(g["size"]), tuple(map(bool, g["keep"]))) for g in data.get("groups", ()))
+            if any(size != len(keep) for _, size, keep in groups):
+                raise ModelError("a group of the plan keeps or removes another number of channels than it has")
             model = data.get("model", {})
             inputs = {name: tuple(map(int, shape)) for name, shape in model.get("inputs", {}).items()}
             return cls(initializers, groups, str(model.get("sha256", "")), inputs, data.get("added", {}))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(f"not a plan written by onnxprune ({error!r})") from error
 
 
@@ -107,22 +109,44 @@ def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
         The plan names tensors, axes or indices that the model does not have.
     """
     keep = np.ones(coupling.n_classes, bool)
-    known = coupling.ledger.constants
     for full, slices in plan.initializers.items():
-        name, _, key = full.partition("@") if full not in coupling.model.constants else (full, "", "")
-        uses = [axes for (n, k), axes in known.items() if n == name and (not key or k == key)]
-        if name not in coupling.model.constants or not uses:
+        name, key = owner(coupling, full)
+        uses = [axes for (n, k), axes in coupling.ledger.constants.items() if n == name and (not key or k == key)]
+        if not uses:
             raise ModelError(f"the plan slices {full}, which this model does not have or does not use")
+        shape = coupling.model.constants[name].shape
         for axis, kept in slices.items():
-            size = coupling.model.constants[name].shape[axis] if axis < len(coupling.model.constants[name].shape) else 0
-            if not kept or min(kept) < 0 or max(kept) >= size:
-                raise ModelError(f"the plan keeps indices of {full} axis {axis} that do not exist ({size} there)")
+            size = shape[axis] if 0 <= axis < len(shape) else 0
+            if not kept or min(kept) < 0 or max(kept) >= size or len(set(kept)) < len(kept):
+                raise ModelError(
+                    f"the plan keeps indices of {full} axis {axis} that do not exist or repeat ({size} there)"
+                )
             atom = uses[0].get(axis)
             if atom is not None and atom.labels is not None:
                 gone = np.ones(size, bool)
                 gone[kept] = False
                 keep[coupling.classes[atom.labels[gone]]] = False
+    _refuse_frozen(coupling, keep)
     return keep
+
+
+def owner(coupling: Coupling, full: str) -> tuple[str, str]:
+    """Constant behind a plan's tensor name, and the reader (its first output) that a slice of a shared vector is for."""
+    if full in coupling.model.constants:
+        return full, ""
+    pieces = full.split("@")
+    splits = (("@".join(pieces[:i]), "@".join(pieces[i:])) for i in range(1, len(pieces)))
+    return next((pair for pair in splits if pair in coupling.ledger.constants), (full, ""))
+
+
+def _refuse_frozen(coupling: Coupling, keep: np.ndarray) -> None:
+    """A plan that removes frozen channels is wrong however well it fits."""
+    for member in coupling.members:
+        cut = member.classes[~keep[member.classes] & coupling.frozen[member.classes]]
+        if len(cut):
+            reason = coupling.reasons[coupling.reason[cut[0]]]
+            where = f"{member.tensor} axis {member.axis}"
+            raise ProofError(f"the plan removes channels of {where} that must stay: {reason.text}", (where,))
 
 
 def keep_of_groups(coupling: Coupling, plan: Plan) -> np.ndarray:
@@ -140,4 +164,5 @@ def keep_of_groups(coupling: Coupling, plan: Plan) -> np.ndarray:
     keep = np.ones(coupling.n_classes, bool)
     for group, (_, _, kept) in zip(coupling.groups, plan.groups, strict=True):
         keep[group.classes] = kept
+    _refuse_frozen(coupling, keep)
     return keep

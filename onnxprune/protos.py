@@ -47,3 +47,15 @@ def reads(proto: onnx.NodeProto) -> Iterator[str]:
             for node in graph.node:
                 yield from reads(node)
             yield from (output.name for output in graph.output)
+
+
+def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a graph: initializers, and tensors in attributes, bodies included."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for body in (attribute.g, *attribute.graphs):
+                yield from tensors(body)

@@ -7,6 +7,7 @@ import pathlib
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import onnx
 
 from onnxprune import data, onnx_io, runtime
@@ -45,6 +46,18 @@ def compare_quality(
     reference = before if find_metric(metric).needs == "reference" else None
     first = evaluate(before, data_path, metric, reference=reference, provider=provider)
     return first, evaluate(after, data_path, metric, reference=reference, provider=provider)
+
+
+def check_guard(data_path: str | None, metric: str | None, max_drop: float | None, min_quality: float | None) -> None:
+    """Refuse options that do not belong together, before any work."""
+    if (data_path is None) != (metric is None):
+        raise UsageError("--data and --metric go together")
+    if data_path is None and (max_drop is not None or min_quality is not None):
+        raise UsageError("--max-drop and --min-quality need --data and --metric")
+    if any(value is not None and not np.isfinite(value) for value in (max_drop, min_quality)):
+        raise UsageError("--max-drop and --min-quality must be finite numbers")
+    if metric is not None:
+        find_metric(metric)
 
 
 def guard(quality: tuple[Quality, Quality] | None, max_drop: float | None, min_quality: float | None) -> str | None:

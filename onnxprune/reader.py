@@ -17,6 +17,7 @@ from onnxprune.protos import INTEGERS, constant_tensor
 
 SMALL = 4096  # elements: integer constants up to this size stay readable to shape inference and shape arithmetic
 TRIED_SIZES = (64, 32, 16, 128, 224, 256, 8)  # for dynamic axes nobody gave a size for
+_RUNTIME_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")  # whose operators onnxruntime brings
 # fmt: off
 _NEVER_STATIC = frozenset((
     "If", "Loop", "Scan", "SequenceMap", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike",
@@ -170,7 +171,6 @@ def _skeleton(
     graph = skeleton.graph
     graph.name = model.graph.name or "graph"
     graph.node.extend(n for n in model.graph.node if n.op_type != "Constant" or n.output[0] not in constants)
-    graph.value_info.extend([])
     for value in model.graph.output:
         graph.output.add().name = value.name
         if value.type.HasField("tensor_type"):
@@ -197,7 +197,7 @@ def _skeleton(
 def _infer_shapes(skeleton: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int]]:
     try:
         inferred = shape_inference.infer_shapes(skeleton, data_prop=True)
-    except Exception:  # a checker error here is judged later, by running the model
+    except (shape_inference.InferenceError, RuntimeError, ValueError, TypeError):  # running the model will judge it
         inferred = skeleton
     shapes, types = {}, {}
     for value in (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input):
@@ -332,7 +332,7 @@ def _complete(
         found, kinds = _infer_shapes(_folded(skeleton, values))
         found.update({name: value.shape for name, value in values.items()})
         if not found.keys() - known.keys():
-            found, measured = _run_for_shapes(model, missing, shapes), True
+            found, measured = _measured_or_unknown(model, nodes, missing, shapes), True
         known.update({name: shape for name, shape in found.items() if name not in known})
         types.update({name: kind for name, kind in kinds.items() if name not in types})
 
@@ -345,6 +345,19 @@ def _folded(skeleton: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx
     folded.graph.node.extend(node for node in skeleton.graph.node if node.output[0] not in values)
     folded.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
     return folded
+
+
+def _measured_or_unknown(
+    model: onnx.ModelProto, nodes: Sequence[Node], missing: Sequence[str], shapes: Mapping[str, Shape]
+) -> dict[str, Shape]:
+    """Measure shapes; where operators of somebody's own domain keep the model from running here, they stay unknown."""
+    try:
+        return _run_for_shapes(model, missing, shapes)
+    except ModelError:
+        local = {(function.domain, function.name) for function in model.functions}
+        if any(node.domain not in _RUNTIME_DOMAINS and (node.domain, node.op) not in local for node in nodes):
+            return {}
+        raise
 
 
 def _run_for_shapes(model: onnx.ModelProto, names: Sequence[str], shapes: Mapping[str, Shape]) -> dict[str, Shape]:

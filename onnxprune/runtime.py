@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, UsageError
 
 onnxruntime.set_default_logger_severity(4)
 
@@ -84,6 +84,14 @@ def providers(name: str = "") -> list[str]:
     if full is None:
         raise ModelError(f"provider {name} is not available here; available: {', '.join(available)}")
     return [full]
+
+
+def check_provider(name: str) -> None:
+    """Raise :class:`UsageError` where a provider is not available."""
+    try:
+        providers(name)
+    except ModelError as error:
+        raise UsageError(str(error)) from error
 
 
 def random_feeds(

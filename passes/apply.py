@@ -16,7 +16,7 @@ from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError, ProofError
 from onnxprune.model import Shape
 from onnxprune.passes.follow import View, follow
-from onnxprune.plan import Plan, Slices
+from onnxprune.plan import Plan, Slices, owner
 from onnxprune.protos import constant_tensor, copy_fields, reads
 
 
@@ -43,23 +43,23 @@ def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarr
     copy_fields(model, pruned, leave_out=("graph",))
     copy_fields(model.graph, pruned.graph, leave_out=("initializer", "node"))
     operands = _operands(coupling, edits.inputs)
+    copies = {owner(coupling, full): full for full in plan.initializers if full not in coupling.model.constants}
     for tensor in model.graph.initializer:
-        _add_tensor(pruned.graph, tensor, plan, operands)
+        _add_tensor(pruned.graph, tensor, plan, operands, copies)
     for node in model.graph.node:
         added = pruned.graph.node.add()
         added.CopyFrom(node)
         key = next((name for name in node.output if name), "")
         if node.op_type == "Constant" and key in coupling.model.constants:
-            _edit_constant(pruned.graph, added, plan, operands)
+            _edit_constant(pruned.graph, added, plan, operands, copies)
             continue
         for index, name in enumerate(node.input):
-            own = f"{coupling.model.aliases.get(name, name)}@{key}"
-            if own in plan.initializers:
-                added.input[index] = own
+            added.input[index] = copies.get((coupling.model.aliases.get(name, name), key), name)
         for name, value in edits.attributes.get(key, {}).items():
             _set_attribute(added, name, value)
         for index in sorted(index for edited, index in edits.inputs if edited == key):
             _set_operand(pruned.graph, added, index, operands, edits.inputs[key, index])
+    _drop_dead(pruned.graph, coupling, keep, plan)
     _drop_unread(model.graph, pruned.graph)
     if model.ir_version < 4:
         _list_as_inputs(model.graph, pruned.graph)
@@ -92,7 +92,11 @@ def _operands(coupling: Coupling, edited: Mapping[tuple[str, int], np.ndarray]) 
 
 
 def _add_tensor(
-    graph: onnx.GraphProto, tensor: onnx.TensorProto, plan: Plan, operands: Mapping[str, np.ndarray]
+    graph: onnx.GraphProto,
+    tensor: onnx.TensorProto,
+    plan: Plan,
+    operands: Mapping[str, np.ndarray],
+    copies: Mapping[tuple[str, str], str],
 ) -> None:
     """Add an initializer: sliced, with a new value, or as it is; and the slices that other readers need of it."""
     if tensor.name in operands:
@@ -101,19 +105,28 @@ def _add_tensor(
         graph.initializer.append(_sliced(tensor, plan.initializers[tensor.name], tensor.name))
     else:
         graph.initializer.append(tensor)
-    for own, slices in plan.initializers.items():
-        if own.startswith(tensor.name + "@"):
-            graph.initializer.append(_sliced(tensor, slices, own))
+    _add_copies(graph, tensor, tensor.name, plan, copies)
+
+
+def _add_copies(
+    graph: onnx.GraphProto, tensor: onnx.TensorProto, name: str, plan: Plan, copies: Mapping[tuple[str, str], str]
+) -> None:
+    """Add the slices that single readers need of a shared vector."""
+    for (root, _), full in copies.items():
+        if root == name:
+            graph.initializer.append(_sliced(tensor, plan.initializers[full], full))
 
 
 def _edit_constant(
-    graph: onnx.GraphProto, node: onnx.NodeProto, plan: Plan, operands: Mapping[str, np.ndarray]
+    graph: onnx.GraphProto,
+    node: onnx.NodeProto,
+    plan: Plan,
+    operands: Mapping[str, np.ndarray],
+    copies: Mapping[tuple[str, str], str],
 ) -> None:
     name = node.output[0]
     tensor = constant_tensor(node)
-    for own, slices in plan.initializers.items():
-        if own.startswith(name + "@"):
-            graph.initializer.append(_sliced(tensor, slices, own))
+    _add_copies(graph, tensor, name, plan, copies)
     if name in operands:
         tensor = _with_value(tensor, operands[name], tensor.name)
     elif name in plan.initializers:
@@ -159,6 +172,25 @@ def _set_operand(
         node.input.append("")
     node.input[index] = f"{name or index}@{node.output[0]}"
     graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), node.input[index]))
+
+
+def _drop_dead(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray, plan: Plan) -> None:
+    """Remove nodes that no output depends on and that read what shrank: nobody keeps their operands right."""
+    view = View(coupling, keep)
+    live = {node.key for node in coupling.model.nodes} | coupling.model.constants.keys()
+    gone: set[str] = set()
+    dead = []
+    for index, node in enumerate(graph.node):
+        if live.isdisjoint(node.output) and any(
+            name in gone
+            or name in plan.initializers
+            or (name in coupling.ledger.layouts and view.after(name) != view.before(name))
+            for name in reads(node)
+        ):
+            dead.append(index)
+            gone.update(node.output)
+    for index in reversed(dead):
+        del graph.node[index]
 
 
 def _drop_unread(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:

@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from onnxprune import ops
-from onnxprune.coupling import Coupling, Group, distinct
+from onnxprune.coupling import Coupling, distinct
+from onnxprune.errors import UsageError
 from onnxprune.labels import Ledger, Reason, Split
 from onnxprune.model import Model, Node
 from onnxprune.passes.follow import unfollowed
@@ -163,19 +164,41 @@ def _dimension(split: Split, chosen: int) -> int:
 
 def _excluded(coupling: Coupling, ignore: Sequence[str], only: Sequence[str]) -> Iterable[tuple[np.ndarray, Reason]]:
     """Labels that ``--ignore`` names, or that ``--only`` does not."""
-
-    def matches(group: Group, globs: Sequence[str]) -> str | None:
-        names = {group.id, *(tensor for tensor, _ in group.members)}
-        for tensor, _ in group.members:
-            names.update(node.name for node, _ in coupling.model.consumers.get(tensor, ()))
-            names.update(out for node, _ in coupling.model.consumers.get(tensor, ()) for out in node.outputs)
-        return next((glob for glob in globs if any(fnmatchcase(name, glob) for name in names)), None)
-
+    names = _names(coupling)
+    known = set().union(*names.values())
+    for option, globs in (("ignore", ignore), ("only", only)):
+        for glob in globs:
+            if not _hit(known, [glob]):
+                raise UsageError(f"--{option} {glob}: matches no node, tensor or group with channels; see inspect -v")
     for group in coupling.groups:
-        hit = matches(group, ignore)
+        hit = _hit(names[group.id], ignore)
         text = f"--ignore {hit}" if hit else None
-        if text is None and only and matches(group, only) is None:
+        if text is None and only and _hit(names[group.id], only) is None:
             text = "--only names other layers"
         if text and group.frozen is None:
             labels = np.flatnonzero(np.isin(coupling.classes, group.classes))
             yield labels, Reason("", "", group.members[0][0], text)
+
+
+def _hit(names: set[str], globs: Sequence[str]) -> str | None:
+    return next((glob for glob in globs if glob in names or any(fnmatchcase(name, glob) for name in names)), None)
+
+
+def _names(coupling: Coupling) -> dict[str, set[str]]:
+    """Per group its id, its members, and the nodes and tensors that carry its channels."""
+    of_class = np.full(coupling.n_classes, -1)
+    for number, group in enumerate(coupling.groups):
+        of_class[group.classes] = number
+    members = [{tensor for tensor, _ in group.members} for group in coupling.groups]
+    names = [{group.id, *own} for group, own in zip(coupling.groups, members, strict=True)]
+    for node in coupling.model.nodes:
+        carried = [coupling.ledger.layouts[name].axes for name in node.outputs if name in coupling.ledger.layouts]
+        roots = [coupling.model.aliases.get(name, name) for name in node.inputs]
+        met = {number for number, own in enumerate(members) if not own.isdisjoint(roots)}
+        for axes in carried:
+            for axis in axes:
+                for classes in coupling.atoms(axis):
+                    met.update(np.unique(of_class[classes]).tolist())
+        for number in met - {-1}:
+            names[number].update((node.name, *node.outputs))
+    return {group.id: own - {""} for group, own in zip(coupling.groups, names, strict=True)}

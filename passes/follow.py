@@ -172,22 +172,30 @@ def _changed_data(coupling: Coupling, view: View) -> list[tuple[np.ndarray, Reas
 
 def _measured(coupling: Coupling, name: str) -> set[str]:
     """Tensors whose shape a static value depends on."""
-    node = coupling.model.producer.get(name)
-    if node is None:
-        return set()
-    if node.op in ("Shape", "Size"):
-        return {node.inputs[0]} & coupling.ledger.layouts.keys()
-    return set().union(*(_measured(coupling, source) for source in node.inputs if source))
+    leaves = _shape_leaves(coupling.model, name)
+    return {node.inputs[0] for node in leaves} & coupling.ledger.layouts.keys()
+
+
+def _shape_leaves(model: Model, name: str) -> list[Node]:
+    """Shape and Size nodes that a static value is computed from."""
+    leaves, waiting, seen = [], [name], {name}
+    while waiting:
+        node = model.producer.get(waiting.pop())
+        if node is None:
+            continue
+        if node.op in ("Shape", "Size"):
+            leaves.append(node)
+            continue
+        waiting += [source for source in node.inputs if source and source not in seen]
+        seen.update(node.inputs)
+    return leaves
 
 
 def _depends_on_shapes(model: Model, name: str) -> bool:
     """Whether a static value follows a computed tensor's shape; if not it is a constant that nobody folded."""
-    node = model.producer.get(name)
-    if node is None or name not in model.static:
-        return False
-    if node.op in ("Shape", "Size"):
-        return model.constant(node.inputs[0]) is None
-    return any(_depends_on_shapes(model, source) for source in node.inputs if source)
+    return name not in model.static or any(
+        model.constant(node.inputs[0]) is None for node in _shape_leaves(model, name)
+    )
 
 
 def _patch(coupling: Coupling, view: View, node: Node, edit: Edit, edits: Edits) -> bool:
@@ -197,18 +205,30 @@ def _patch(coupling: Coupling, view: View, node: Node, edit: Edit, edits: Edits)
     if not name or coupling.model.constant(name) is not None or not _depends_on_shapes(coupling.model, name):
         edits.inputs[node.key, index] = required
         return True
-    now = view.values.get(name)
+    patched = _patched_leaves(coupling, view, node, index, required, edits)
+    if patched is None and coupling.model.is_static:  # nothing of it can be dynamic, so a constant says the same
+        patched = {(node.key, index): required}
+    edits.inputs.update(patched or {})
+    return patched is not None
+
+
+def _patched_leaves(
+    coupling: Coupling, view: View, node: Node, index: int, required: np.ndarray, edits: Edits
+) -> dict[tuple[str, int], np.ndarray] | None:
+    """Constants, by who reads them, that make a computed operand come out as required; None where there are none."""
+    now = view.values.get(node.inputs[index])
     if now is None or now.shape != required.shape:
-        return False
+        return None
+    patched: dict[tuple[str, int], np.ndarray] = {}
     for element in np.flatnonzero(now.ravel() != required.ravel()):
         leaf = _leaf(coupling, view, node, index, int(element))
         if leaf is None:
-            return False
+            return None
         reader, operand, position = leaf
-        source = view.original(reader.inputs[operand])
-        patched = edits.inputs.setdefault((reader.key, operand), source.copy())
-        patched.reshape(-1)[position] = required.ravel()[element]
-    return True
+        where = (reader.key, operand)
+        source = edits.inputs.get(where, view.original(reader.inputs[operand]))
+        patched.setdefault(where, source.copy()).reshape(-1)[position] = required.ravel()[element]
+    return patched
 
 
 def _leaf(coupling: Coupling, view: View, reader: Node, index: int, element: int) -> tuple[Node, int, int] | None:

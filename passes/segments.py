@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.coupling import Coupling
+from onnxprune.labels import length
 from onnxprune.model import Model, Node
 from onnxprune.protos import reads
 
@@ -164,11 +165,7 @@ def masked_nodes(
 
 def _shrinks(coupling: Coupling, keep: np.ndarray, node: Node, index: int) -> bool:
     axes = coupling.axes(node.inputs[index])
-    return any(len(coupling.kept(axis, keep)) < max(1, _size(axis)) for axis in axes)
-
-
-def _size(axis) -> int:
-    return int(np.prod([atom.size for atom in axis], dtype=np.int64))
+    return any(len(coupling.kept(axis, keep)) < length(axis) for axis in axes)
 
 
 def _redefined(
@@ -185,7 +182,7 @@ def _redefined(
         axes = coupling.ledger.input(node, index, ()).axes
         for position, axis in enumerate(axes):
             kept = coupling.kept(axis, keep)
-            if len(kept) < _size(axis):
+            if len(kept) < length(axis):
                 fresh = f"{node.key}/kept{index}.{position}"
                 constants[f"{fresh}/indices"] = kept
                 before.append(
@@ -196,9 +193,9 @@ def _redefined(
         current = name
         for position, axis in enumerate(coupling.axes(name) if name else ()):
             kept = coupling.kept(axis, keep)
-            if len(kept) < _size(axis):
+            if len(kept) < length(axis):
                 fresh = f"{node.key}/spread{index}.{position}"
-                place = np.zeros(_size(axis), np.int64)
+                place = np.zeros(length(axis), np.int64)
                 place[kept] = np.arange(len(kept))
                 constants[f"{fresh}/indices"] = place
                 after.insert(0, helper.make_node("Gather", [fresh, f"{fresh}/indices"], [current], axis=position))
@@ -212,18 +209,29 @@ def _dtype(model: Model, name: str) -> np.dtype:
     return np.dtype(helper.tensor_dtype_to_np_dtype(model.types.get(name, TensorProto.FLOAT)))
 
 
+DRAWS = 4
+"""Kinds of random values that a segment is tried on, until its operators are within their domains."""
+
+
 def random_entries(
-    model: Model, entries: Sequence[str], rng: np.random.Generator, *, positive: bool
+    model: Model, entries: Sequence[str], rng: np.random.Generator, draw: int
 ) -> Mapping[str, np.ndarray]:
-    """Random values for a segment's entries: normal floats with a mean per tensor, integers 0 or 1, random booleans."""
+    """Random values for a segment's entries: floats by ``draw``, integers 0 or 1, random booleans.
+
+    Draw 0 is normal around 0.25; the others suit operators that are not defined everywhere: above 0.5 (Log, Sqrt), within
+    (0.05, 0.95) (Acos, Atanh), above 1 (Acosh).
+    """
     values = {}
     for name in entries:
         shape, dtype = model.shapes[name], _dtype(model, name)
         if dtype == np.bool_:
-            values[name] = rng.random(shape) < 0.5
+            value = rng.random(shape) < 0.5
         elif np.issubdtype(dtype, np.integer):
-            values[name] = rng.integers(0, 2, shape).astype(dtype)
+            value = rng.integers(0, 2, shape)
+        elif draw == 2:
+            value = rng.uniform(0.05, 0.95, shape)
         else:
             noise = rng.standard_normal(shape, np.float32)
-            values[name] = (np.abs(noise) + 0.5 if positive else noise + 0.25).astype(dtype)
+            value = (noise + 0.25, np.abs(noise) + 0.5, noise, np.abs(noise) + 1)[draw]
+        values[name] = np.asarray(value, dtype)  # numpy turns operations on arrays of shape () into scalars
     return values

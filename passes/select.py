@@ -7,7 +7,7 @@ Threshold of group g = lambda * e(g)^alpha * balance(g). All channels are theref
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -57,21 +57,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """Channels to keep, and the lowest cost that was possible.
-
-    Attributes
-    ----------
-    keep
-        Bool of shape ``(n_classes,)``.
-    floor
-        Cost per budgeted kind with everything removed that may be.
-    order
-        Effective score (``score / (e^alpha * balance)``) per class.
-    """
+    """Channels to keep (bool of shape ``(n_classes,)``), and the lowest cost per budgeted kind that was possible."""
 
     keep: np.ndarray
     floor: Mapping[str, float]
-    order: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def select(
@@ -114,7 +103,7 @@ def select(
             high = middle
         else:
             low = middle + 1
-    return Selection(_restore(cost, kept(low), channels, ends, owner[:low], budget), floor, order)
+    return Selection(_restore(cost, kept(low), channels, ends, owner[:low], budget), floor)
 
 
 def lowest(coupling: Coupling, cost: Cost, preset: Preset, limits: Limits) -> dict[str, float]:

@@ -17,7 +17,7 @@ LAYERS = (
     {"labels"},
     {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos"},
     {"onnx_io", "reader", "report", "arrays", "data", "passes"},
-    {"pipeline", "options", "quality"},
+    {"pipeline", "options", "quality", "budget"},
     {"cli"},
 )
 """From the bottom up; a part may use its own layer and those below it (design.md)."""

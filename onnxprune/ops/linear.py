@@ -15,7 +15,7 @@ def conv(node: Node, ledger: Ledger) -> None:
     x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0, 1))
     groups = node.attributes.get("group", 1)
     shape, kernel = ledger.shape(node.outputs[0]), ledger.shape(node.inputs[1])
-    channels_only(node, ledger, x.axes[2:], "a convolution slides over it")
+    channels_only(node, ledger, (*x.axes[2:], *w.axes[2:]), "a convolution slides over it")
     joints = [*x.joints, *w.joints]
     out = w.axes[0]
     if groups == 1:
@@ -41,7 +41,7 @@ def conv_transpose(node: Node, ledger: Ledger) -> None:
     x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0, 1))
     groups = node.attributes.get("group", 1)
     source, shape, kernel = ledger.shape(node.inputs[0]), ledger.shape(node.outputs[0]), ledger.shape(node.inputs[1])
-    channels_only(node, ledger, x.axes[2:], "a convolution slides over it")
+    channels_only(node, ledger, (*x.axes[2:], *w.axes[2:]), "a convolution slides over it")
     joints = [*x.joints, *w.joints]
     out = w.axes[1]
     ended = ledger.unify(x.axes[1], w.axes[0], joints)

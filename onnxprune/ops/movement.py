@@ -21,7 +21,13 @@ def transpose(node: Node, ledger: Ledger) -> None:
 
 @couples("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(node: Node, ledger: Ledger) -> None:
-    """Atoms regroup in row-major order; the target is the output's known shape, not the operand's text."""
+    """Atoms regroup in row-major order; the target is the output's known shape, not the operand's text.
+
+    A Squeeze that names no axes drops whatever has length one at run time: with a dynamic batch nothing can name its axes.
+    """
+    dynamic = any(not isinstance(size, int) for dims in ledger.model.declared.values() for size in dims)
+    if node.op == "Squeeze" and not node.has(1) and "axes" not in node.attributes and dynamic:
+        raise Refusal("a Squeeze without axes and a dynamic batch: one channel left would be dropped")
     ledger.output(node, ledger.regroup(ledger.input(node, 0), ledger.shape(node.outputs[0])))
 
 

@@ -26,7 +26,7 @@ def concat(node: Node, ledger: Ledger) -> None:
 
 @couples("Split")
 def split(node: Node, ledger: Ledger) -> None:
-    """Output i takes its run of the axis; every run keeps at least one channel."""
+    """Output i takes its run of the axis."""
     x = ledger.input(node, 0)
     position = node.attributes.get("axis", 0) % len(x.axes)
     begin = 0

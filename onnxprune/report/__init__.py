@@ -82,13 +82,18 @@ class Report:
     layers: tuple[Layer, ...]
     frozen: tuple[FrozenRow, ...]
     floor: Mapping[str, float] = field(default_factory=dict)
-    target: Target | None = None
+    targets: tuple[Target, ...] = ()
     proof: Proof | None = None
     weights: str = "exact"
     quality: tuple[Quality, Quality] | None = None
     latency_ms: tuple[float, ...] | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> Target | None:
+        """The binding target: the one that the result comes closest to."""
+        return self.targets[0] if self.targets else None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data in the documented schema."""
@@ -105,7 +110,8 @@ class Report:
                 "ratio": ratio,
             },
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
-            "target": self.target and _fields(self.target, leave_out=("share",)),
+            "target": _fields(self.targets[0], leave_out=("share",)) if self.targets else None,
+            "targets": [_fields(target, leave_out=("share",)) for target in self.targets],
             "floor": dict(self.floor),
             "groups": [
                 {

@@ -113,8 +113,7 @@ def share(part: float, whole: float) -> str:
 
 def _facts(report: Report) -> list[str]:
     lines = []
-    if report.target:
-        t = report.target
+    for t in report.targets:
         write = (lambda value: f"{value:.4f}") if t.share else number
         lines.append(f"target   {t.kind} {write(t.requested)}, achieved {write(t.achieved)}, floor {write(t.floor)}")
     if report.proof:
