@@ -120,9 +120,14 @@ def _declared_inputs(model: onnx.ModelProto, constants: Mapping[str, Constant]) 
 def _input_shapes(
     model: onnx.ModelProto, declared: Mapping[str, tuple], given: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, Shape], list[str]]:
+    shapeless = {v.name for v in model.graph.input if not v.type.tensor_type.HasField("shape")} & declared.keys()
+    for name in sorted(shapeless - given.keys()):
+        raise ModelError(f"input {name} declares no shape; give one with --input-shape {name}:1,3,224,224")
     for name, shape in given.items():
         if name not in declared:
             raise UsageError(f"--input-shape {name}: no such input; inputs are {', '.join(declared)}")
+        if name in shapeless:
+            continue
         fits = len(shape) == len(declared[name]) and all(
             size > 0 and (not isinstance(want, int) or want <= 0 or want == size)
             for size, want in zip(shape, declared[name], strict=True)
