@@ -162,6 +162,38 @@ def _target_options(command: Callable) -> Callable:
     return command
 
 
+class Numbers(click.ParamType):
+    """One number, or one per channel: ``0.485,0.456,0.406``."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Parse numbers separated by commas."""
+        try:
+            return tuple(float(part) for part in str(value).strip("[]()").split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a number, or numbers separated by commas", param, ctx)
+
+
+def _data_options(command: Callable) -> Callable:
+    for option in reversed(
+        (
+            click.option("--output", type=click.Choice(["direct", "residual"]), default="direct",
+                         help="What the network predicts."),
+            click.option("--clip", is_flag=True, help="Clip images to their range before comparing."),
+            click.option("--scale", type=float, help="Factor for integer data (default for uint8: 1/255)."),
+            click.option("--mean", type=Numbers(), help="Subtracted from scaled integer data."),
+            click.option("--std", type=Numbers(), help="Divides scaled integer data."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _reading(given: Mapping[str, Any]) -> quality.Reading:
+    return quality.Reading(**{name: given[name] for name in ("output", "clip", "scale", "mean", "std")})
+
+
 @click.group(cls=DefaultPrune, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="onnxprune")
 def commands() -> None:
@@ -179,6 +211,7 @@ def commands() -> None:
 @_select_options
 @click.option("--data", help="Evaluation data; shows the quality before and after.")
 @click.option("--metric", help="Quality metric for --data: psnr, ssim, top1, cosine, mse.")
+@_data_options
 @click.option("--max-drop", type=float, help="Refuse a result whose metric falls by more than this.")
 @click.option("--min-quality", type=float, help="Refuse a result whose metric is below this.")
 @click.option("--keep-going", is_flag=True, help="Write the model although the quality guard failed (exit code 6).")
@@ -204,7 +237,7 @@ def prune(model: str, out: str, **given: Any) -> None:
         with _progress(given) as progress:
             result = pipeline.prune(model, options, progress)
         measured = quality.compare_quality(
-            model, result.model, given["data"], given["metric"], provider=options.provider
+            model, result.model, given["data"], given["metric"], reading=_reading(given), provider=options.provider
         )
         failed = quality.guard(measured, given["max_drop"], given["min_quality"])
         if failed and not given["keep_going"]:
@@ -281,10 +314,7 @@ def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
 @click.option("--data", required=True, help="Evaluation data: .npz, a folder, an ONNX test_data_set.")
 @click.option("--metric", required=True, help="psnr, ssim, top1, cosine or mse.")
 @click.option("--reference", type=click.Path(), help="Model to compare with, where the data has no targets.")
-@click.option(
-    "--output", type=click.Choice(["direct", "residual"]), default="direct", help="What the network predicts."
-)
-@click.option("--clip", is_flag=True, help="Clip images to their range before comparing.")
+@_data_options
 @_model_options
 def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
     """Measure the quality of a model on a data set.
@@ -294,10 +324,11 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
     """
     with _run(given) as (console, options):
         _check_writes([model, data], [given["json_path"]])
+        notes: list[str] = []
         with _progress(given) as progress:
             found = quality.evaluate(
-                model, data, metric, reference=given["reference"], output=given["output"], clip=given["clip"],
-                provider=options.provider, progress=progress,
+                model, data, metric, reference=given["reference"], reading=_reading(given),
+                provider=options.provider, progress=progress, note=notes.append,
             )  # fmt: skip
         content = {
             "schema": 1,
@@ -306,6 +337,8 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
         _write_json(given["json_path"], content)
         if not given["quiet"] and given["json_path"] != "-":
             console.print(f"{found.metric} {found.value:.6g} over {found.samples} samples", highlight=False)
+            for text_ in notes:
+                console.print(f"note {text_}", highlight=False, markup=False)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,32 +21,69 @@ from onnxprune.passes.validate import Quality
 from onnxprune.report import Report
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How data enters a model and how its output is read: see :func:`onnxprune.data.load` and ``metrics.View``."""
+
+    output: Literal["direct", "residual"] = "direct"
+    clip: bool = False
+    scale: float | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
 def evaluate(
-    model: ModelLike, data_path: str | os.PathLike, metric: str, *, reference: ModelLike | None = None,
-    output: Literal["direct", "residual"] = "direct", clip: bool = False, provider: str = "", progress: Progress = silent,
-) -> Quality:  # fmt: skip
-    """Measure the quality of a model on a data set (see :mod:`onnxprune.data` for what it may be)."""
+    model: ModelLike,
+    data_path: str | os.PathLike,
+    metric: str,
+    *,
+    reference: ModelLike | None = None,
+    reading: Reading | None = None,
+    provider: str = "",
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> Quality:
+    """Measure the quality of a model on a data set (see :mod:`onnxprune.data` for what it may be).
+
+    Parameters
+    ----------
+    reference
+        Original to compare with, where ``metric`` measures likeness and the data has no targets.
+    note
+        Told what was decided on the user's behalf.
+    """
+    reading = reading or Reading()
     session = _session(model, provider)
-    samples = data.load(pathlib.Path(data_path), session.inputs)
+    path = pathlib.Path(data_path)
+    samples = data.load(path, session.inputs, scale=reading.scale, mean=reading.mean, std=reading.std)
+    for text in samples.notes:
+        note(text)
     other = _session(reference, provider) if reference is not None else None
-    view = View(output=output, clip=clip)
     return validate.evaluate(
-        session, samples, metric, reference=other, view=view,
+        session,
+        samples,
+        metric,
+        reference=other,
+        view=View(output=reading.output, clip=reading.clip),
         progress=lambda done, total: progress("evaluate", done, total),
-    )  # fmt: skip
+    )
 
 
 def compare_quality(
-    before: ModelLike, after: ModelLike, data_path: str | None, metric: str | None, provider: str = ""
+    before: ModelLike,
+    after: ModelLike,
+    data_path: str | None,
+    metric: str | None,
+    *,
+    reading: Reading | None = None,
+    provider: str = "",
 ) -> tuple[Quality, Quality] | None:
     """Quality of two models on the same data; None where no data is given."""
-    if data_path is None and metric is None:
-        return None
     if data_path is None or metric is None:
-        raise UsageError("--data and --metric go together")
+        return None
     reference = before if find_metric(metric).needs == "reference" else None
-    first = evaluate(before, data_path, metric, reference=reference, provider=provider)
-    return first, evaluate(after, data_path, metric, reference=reference, provider=provider)
+    first = evaluate(before, data_path, metric, reference=reference, reading=reading, provider=provider)
+    return first, evaluate(after, data_path, metric, reference=reference, reading=reading, provider=provider)
 
 
 def check_guard(data_path: str | None, metric: str | None, max_drop: float | None, min_quality: float | None) -> None:
