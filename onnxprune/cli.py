@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 import sys
 import tomllib
 import traceback
@@ -22,12 +21,12 @@ from onnxprune import onnx_io, pipeline, quality, report
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
 from onnxprune.options import Options, silent
 from onnxprune.options import Progress as RunProgress
+from onnxprune.parameters import Amount, InputShape, Numbers
 from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
 from onnxprune.report import Report, text
 
 PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 class DefaultPrune(click.Group):
@@ -52,45 +51,6 @@ class DefaultPrune(click.Group):
         except click.exceptions.Abort as error:
             _fail(error, {"json_path": _json_path(given), "verbose": False}, "interrupted", code=130)
         sys.exit(code if isinstance(code, int) else 0)
-
-
-class Amount(click.ParamType):
-    """A share (at most 1) or an absolute amount with K, M, G or T."""
-
-    name = "amount"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse ``0.6``, ``300M`` or ``4MB``."""
-        if isinstance(value, int | float):
-            value = str(value)
-        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?\d+)?)\s*([KMGT]?)B?\s*", str(value), re.IGNORECASE)
-        if not found:
-            self.fail(f"{value!r} is neither a share like 0.6 nor an amount like 300M", param, ctx)
-        amount = float(found[1]) * _UNITS[found[2].upper()]
-        if not 0 < amount < float("inf"):
-            self.fail(f"{value!r} must be above 0", param, ctx)
-        return amount
-
-
-class InputShape(click.ParamType):
-    """``NAME:1,3,224,224``."""
-
-    name = "name:sizes"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, tuple[int, ...]]:
-        """Parse a name and its sizes."""
-        if isinstance(value, tuple):
-            return value
-        name, _, sizes = str(value).rpartition(":")
-        try:
-            shape = tuple(int(size) for size in re.split(r"[,x]", sizes))
-        except ValueError:
-            shape = ()
-        if not name or not shape or min(shape) < 1:
-            self.fail(f"{value!r} does not read NAME:1,3,224,224", param, ctx)
-        return name, shape
 
 
 def _model_options(command: Callable) -> Callable:
@@ -160,19 +120,6 @@ def _target_options(command: Callable) -> Callable:
         text_ = f"Share of {what} to keep (at most 1), or an absolute amount (K, M, G, T)."
         command = click.option(f"--target-{kind}", type=Amount(), help=text_)(command)
     return command
-
-
-class Numbers(click.ParamType):
-    """One number, or one per channel: ``0.485,0.456,0.406``."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Parse numbers separated by commas."""
-        try:
-            return tuple(float(part) for part in str(value).strip("[]()").split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a number, or numbers separated by commas", param, ctx)
 
 
 def _data_options(command: Callable) -> Callable:
