@@ -178,7 +178,7 @@ def prune(model: str, out: str, **given: Any) -> None:
     with _run(given) as (console, options):
         if not options.targets:
             raise UsageError("no target; give one, for example --target-mac 0.6")
-        _check_writes([model], [out, given["json_path"], given["plan_out"]])
+        _check_writes(given, [model], [out, given["json_path"], given["plan_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"])
         with _progress(given) as progress:
@@ -213,7 +213,7 @@ def inspect(model: str, **given: Any) -> None:
     Example:  onnxprune inspect model.onnx
     """
     with _run(given) as (console, options):
-        _check_writes([model], [given["json_path"]])
+        _check_writes(given, [model], [given["json_path"]])
         _finish(console, pipeline.inspect(model, options), given, text.inspection)
 
 
@@ -231,7 +231,7 @@ def apply(model: str, out: str, plan: str, **given: Any) -> None:
     Example:  onnxprune apply finetuned.onnx pruned.onnx --plan plan.json
     """
     with _run(given) as (console, options):
-        _check_writes([model, plan], [out, given["json_path"]])
+        _check_writes(given, [model, plan], [out, given["json_path"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         with _progress(given) as progress:
             result = pipeline.apply(model, plan, options, progress)
@@ -250,7 +250,7 @@ def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
     Example:  onnxprune verify original.onnx trained.onnx --plan plan.json
     """
     with _run(given) as (console, options):
-        _check_writes([original, pruned, plan], [given["json_path"]])
+        _check_writes(given, [original, pruned, plan], [given["json_path"]])
         with _progress(given) as progress:
             done = pipeline.verify(original, pruned, plan, options, progress)
         _finish(console, done, given, partial(text.summary, verb="verified"))
@@ -270,7 +270,7 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
     Example:  onnxprune evaluate model.onnx --data eval.npz --metric psnr
     """
     with _run(given) as (console, options):
-        _check_writes([model, data], [given["json_path"]])
+        _check_writes(given, [model, data], [given["json_path"]])
         notes: list[str] = []
         with _progress(given) as progress:
             found = quality.evaluate(
@@ -310,20 +310,26 @@ def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, Options]]:
         _fail(error, given, detail)
 
 
-def _check_writes(reads: Sequence[str], writes: Sequence[str | None]) -> None:
-    """Refuse to write one file over another that is read or written, and into folders that do not exist."""
-    taken = {pathlib.Path(path).resolve(): path for path in reads}
-    for path in writes:
-        if path is None or path == "-":
-            continue
+def _check_writes(given: dict[str, Any], reads: Sequence[str], writes: Sequence[str | None]) -> None:
+    """Refuse to write one file over another that is read or written, and into folders that do not exist.
+
+    A report that would go over another file is not written at all, not even to tell of the refusal.
+    """
+    report_path = given["json_path"]
+    taken = {pathlib.Path(path).resolve() for path in reads}
+    targets = [path for path in writes if path and path != "-"]
+    for path in sorted(targets, key=lambda path: path == report_path):
         target = pathlib.Path(path).resolve()
         if target in taken or any(_same_file(target, other) for other in taken):
+            if path == report_path:
+                given["json_path"] = None
             raise UsageError(f"{path}: is also another file of this command; choose another name")
-        if target.is_dir():
+        taken.add(target)
+    for path in map(pathlib.Path, targets):
+        if path.is_dir():
             raise UsageError(f"{path}: is a folder; name a file in it")
-        if not target.parent.is_dir():
-            raise FileError(f"{path}: the folder {target.parent} does not exist")
-        taken[target] = path
+        if not path.parent.is_dir():
+            raise FileError(f"{path}: the folder {path.parent} does not exist")
 
 
 def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:
@@ -394,13 +400,16 @@ def _write_json(path: str | None, content: Mapping[str, Any]) -> None:
 
 
 def _json_path(args: Sequence[str]) -> str | None:
-    """Where ``--json`` points in arguments that could not be parsed."""
-    for index, word in enumerate(args):
-        if word == "--json" and index + 1 < len(args):
-            return args[index + 1]
-        if word.startswith("--json="):
-            return word.partition("=")[2]
-    return None
+    """Where ``--json`` points in arguments that could not be parsed; None where another argument names that file, too."""
+    values = [word.partition("=")[2] if word.startswith("--") else word for word in args]
+    paths = [values[i + 1] for i, word in enumerate(args[:-1]) if word == "--json"]
+    paths += [value for word, value in zip(args, values, strict=True) if word.startswith("--json=")]
+    if not paths:
+        return None
+    resolved = [pathlib.Path(value).resolve() for value in values if value]
+    mine = pathlib.Path(paths[0]).resolve()
+    shared = resolved.count(mine) > 1 or any(other != mine and _same_file(other, mine) for other in resolved)
+    return None if shared else paths[0]
 
 
 def main() -> None:

@@ -181,7 +181,9 @@ class Ledger:
 
     def _constant_layout(self, constant: Constant, node: Node, index: int, axes: Iterable[int] | None) -> Layout:
         # Vectors are shared by exporters between unrelated layers (equal biases), so each reader has labels of its own.
-        key = (constant.name, node.key if constant.is_vector else "")
+        # A copy is called NAME@READER; where the file itself has such names, all readers share one slice.
+        own = constant.is_vector and constant.name not in self.model.names_before_at
+        key = (constant.name, node.key if own else "")
         known = self.constants.setdefault(key, {})
         wanted = range(len(constant.shape)) if axes is None else axes
         for axis in wanted:

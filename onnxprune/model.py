@@ -114,6 +114,11 @@ class Model:
         return self.constants.get(self.aliases.get(name, name))
 
     @cached_property
+    def names_before_at(self) -> frozenset[str]:
+        """What stands before an "@" in the name of any constant."""
+        return frozenset(name[:place] for name in self.constants for place, letter in enumerate(name) if letter == "@")
+
+    @cached_property
     def static_values(self) -> Mapping[str, np.ndarray]:
         """Values of ``static`` tensors at the model's own shapes."""
         return self.arithmetic(self.shapes) if self.arithmetic else {}
