@@ -325,11 +325,11 @@ def _check_writes(given: dict[str, Any], reads: Sequence[str], writes: Sequence[
                 given["json_path"] = None
             raise UsageError(f"{path}: is also another file of this command; choose another name")
         taken.add(target)
-    for path in map(pathlib.Path, targets):
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder; name a file in it")
-        if not path.parent.is_dir():
-            raise FileError(f"{path}: the folder {path.parent} does not exist")
+    for file in map(pathlib.Path, targets):
+        if file.is_dir():
+            raise UsageError(f"{file}: is a folder; name a file in it")
+        if not file.parent.is_dir():
+            raise FileError(f"{file}: the folder {file.parent} does not exist")
 
 
 def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:
