@@ -102,8 +102,8 @@ def _select_options(command: Callable) -> Callable:
         (
             click.option("--preset", type=click.Choice(list(PRESETS)), default="d", show_default=True,
                          help="How thresholds adapt per group."),
-            click.option("--criterion", type=click.Choice(NAMES), default="l2", show_default=True,
-                         help="What makes a channel important."),
+            click.option("--criterion", default="l2", show_default=True,
+                         help=f"What makes a channel important: {', '.join(NAMES)}."),
             click.option("--align", type=click.IntRange(1), default=1, help="Kept channels are a multiple of N."),
             click.option("--min-channels", type=click.IntRange(1), default=1, help="Least number of channels per group."),
             click.option("--max-prune", type=click.FloatRange(0, 1), default=1.0, help="Largest share to remove per group."),

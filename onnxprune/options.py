@@ -12,6 +12,7 @@ import onnx
 
 from onnxprune import runtime
 from onnxprune.errors import UsageError
+from onnxprune.passes.score import check_criterion
 from onnxprune.passes.select import PRESETS, Limits
 
 ModelLike = str | os.PathLike | onnx.ModelProto
@@ -54,6 +55,7 @@ class Options:
         if self.seed < 0:
             raise UsageError(f"seed {self.seed}: must be 0 or more")
         runtime.check_provider(self.provider)
+        check_criterion(self.criterion)
         for kind, value in self.targets.items():
             if not value > 0 or value == float("inf"):
                 raise UsageError(f"target {kind} {value}: must be a share in (0, 1] or an absolute number above 1")

@@ -68,6 +68,12 @@ def criterion(name: str) -> Callable[[np.ndarray], np.ndarray]:
     raise UsageError(f"--criterion {name}: unknown; choose from {', '.join(NAMES)}")
 
 
+def check_criterion(name: str) -> None:
+    """Raise :class:`UsageError` for a name that is neither built in nor installed."""
+    if name not in NAMES:
+        criterion(name)
+
+
 def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scores:
     """Score every channel.
 
