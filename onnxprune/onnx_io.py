@@ -8,10 +8,11 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from onnxprune.errors import FileError, ModelError, UsageError
 from onnxprune.protos import INTEGERS, constant_tensor, tensors
@@ -79,11 +80,36 @@ def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
     FileError
         The folder or the file cannot be written, or the disk is full.
     """
-    if model.ByteSize() >= MAX_PROTOBUF:
-        raise ModelError(
-            f"{path}: the pruned model is larger than 2 GB, which a single file cannot hold; prune further"
-        )
+    require_one_file(model)
     write(path, model.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def temporary_file(model: onnx.ModelProto) -> Iterator[str]:
+    """Write a model to a file that lasts as long as the context.
+
+    Raises
+    ------
+    FileError
+        The folder for temporary files cannot hold it.
+    """
+    require_one_file(model)
+    with tempfile.TemporaryDirectory(prefix="onnxprune.") as folder:
+        path = pathlib.Path(folder) / "model.onnx"
+        try:
+            path.write_bytes(model.SerializeToString())
+        except OSError as error:
+            raise FileError(
+                f"{folder}: cannot hold the model ({error.strerror}); set TMPDIR to a larger folder"
+            ) from error
+        yield str(path)
+
+
+def require_one_file(model: onnx.ModelProto) -> None:
+    """Raise :class:`ModelError` where a model's tensors are more than one file can hold."""
+    size = sum(math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in tensors(model.graph))
+    if size >= MAX_PROTOBUF:
+        raise ModelError("the pruned model is larger than 2 GB, which a single file cannot hold; prune further")
 
 
 def write(path: str | os.PathLike, data: bytes) -> None:

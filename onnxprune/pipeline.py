@@ -104,7 +104,9 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     coupling, cost = loaded.coupling, loaded.cost
     every = np.ones(coupling.n_classes, bool)
     before = cost.of(every)
-    budget = Budget(options.targets, before, overhead=loaded.proto.ByteSize() - before["bytes"])
+    # Asking a protobuf for its size serialises it, so only a size target pays for that.
+    overhead = loaded.proto.ByteSize() - before["bytes"] if "size" in options.targets else 0
+    budget = Budget(options.targets, before, overhead)
     with clock.stage("score"):
         scores = score(coupling, options.criterion, options.seed)
     with clock.stage("select"):
@@ -117,7 +119,9 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     described = describe(loaded, options, keep, scores.value, clock)
     after = dict(described.after)
     if not budget.met:
-        after |= {"params": onnx_io.n_params(pruned), "bytes": pruned.ByteSize() - round(budget.overhead)}
+        after["params"] = onnx_io.n_params(pruned)
+    if "size" in options.targets:
+        after["bytes"] = pruned.ByteSize() - overhead
     targets = budget.rows(after, floor(loaded, options))
     notes = (
         *coupling.model.notes,
@@ -139,7 +143,9 @@ def _select_to_fit(loaded: Loaded, scores: Scores, budget: Budget, options: Opti
         if budget.targets.keys() <= {"mac", "bandwidth"}:
             return keep
         written = apply_plan(loaded.proto, coupling, make_plan(coupling, keep), keep)
-        actual = {"params": onnx_io.n_params(written), "size": written.ByteSize()}
+        actual = {"params": onnx_io.n_params(written)}
+        if "size" in budget.targets:
+            actual["size"] = written.ByteSize()
         over = {kind: actual[kind] - budget.limit(kind) for kind in budget.targets.keys() & actual.keys()}
         if all(excess <= 0 for excess in over.values()):
             return keep
@@ -308,28 +314,30 @@ def _apply_and_prove(
 def _run_whole(loaded: Loaded, pruned: onnx.ModelProto) -> None:
     """Run the pruned model as users will: in one piece, optimised, with its declared shapes, and at another batch size."""
     model = loaded.coupling.model
-    if pruned.ByteSize() >= onnx_io.MAX_PROTOBUF:
-        raise ModelError("the pruned model is larger than 2 GB, which a single file cannot hold; prune further")
-    try:
-        session = runtime.Session(pruned.SerializeToString())
-        session.run(runtime.random_feeds(session.inputs, model.input_shapes))
-    except ModelError as error:
-        raise ProofError(f"the pruned model does not run: {error}; nothing was written", (str(error),)) from error
     dynamic = {name for name, dims in model.declared.items() if dims and not isinstance(dims[0], int)}
     larger = {name: (2, *shape[1:]) if name in dynamic else shape for name, shape in model.input_shapes.items()}
-    if not dynamic:
-        return
-    feeds = runtime.random_feeds(session.inputs, larger)
-    try:
-        session.run(feeds)
-    except ModelError as error:
+    # From a file, because a session made from bytes keeps them beside its own copy.
+    with onnx_io.temporary_file(pruned) as path:
         try:
-            runtime.Session(loaded.proto.SerializeToString()).run(feeds)
+            session = runtime.Session(path)
+            session.run(runtime.random_feeds(session.inputs, model.input_shapes))
+        except ModelError as error:
+            raise ProofError(f"the pruned model does not run: {error}; nothing was written", (str(error),)) from error
+        if not dynamic:
+            return
+        feeds = runtime.random_feeds(session.inputs, larger)
+        try:
+            session.run(feeds)
+        except ModelError as error:
+            problem = str(error)
+        else:
+            return
+    with onnx_io.temporary_file(loaded.proto) as path:
+        try:
+            runtime.Session(path).run(feeds)
         except ModelError:
             return  # the original does not run there either
-        raise ProofError(
-            f"the pruned model does not run at batch 2: {error}; nothing was written", (str(error),)
-        ) from error
+    raise ProofError(f"the pruned model does not run at batch 2: {problem}; nothing was written", (problem,))
 
 
 def _options(chosen: Mapping[str, Any]) -> Options:

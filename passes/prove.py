@@ -248,6 +248,7 @@ class _Comparison:
             undefined = any(np.isnan(value).any() for value in expected.values())
             if not undefined:
                 break
+        del reference  # and its weights, before the pruned segment loads its own
         if undefined and len(segment.nodes) == 1:  # the original itself computes NaN: nothing can be shown here
             self.insensitive.append(segment.nodes[0].title)
             return
@@ -324,11 +325,11 @@ class _Comparison:
             name, axis, kept = candidates[choice]
             full = self.pruned_model.aliases.get(name, name)
             root, _ = owner(self.coupling, full)
-            whole = self.coupling.model.constants[root].load()
+            whole = self.coupling.model.constants[root]
             gone = np.setdiff1d(np.arange(whole.shape[axis]), kept)
-            tampered = constants[name].copy()
             place = int(self.rng.integers(len(kept)))
-            source = whole.take([gone[int(self.rng.integers(len(gone)))]], axis)
+            source = whole.load().take([gone[int(self.rng.integers(len(gone)))]], axis)
+            tampered = constants[name].copy()
             for other, indices in self.plan.initializers[full].items():
                 if other != axis:
                     source = source.take(indices, other)
