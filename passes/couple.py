@@ -51,8 +51,8 @@ def walk(model: Model, start: Callable[[Node, int, int], np.ndarray | None] | No
         ops.couple(node, ledger)
         if all(not name or name in ledger.derived or model.constant(name) is not None for name in node.inputs):
             ledger.derived.update(node.outputs)
-    ledger.node = Node("", "output", "", (), model.outputs, {})
     for name in model.outputs:
+        ledger.node = Node("", "output", "", (), (name,), {})
         constant = model.constant(name)
         if constant is not None:
             ledger.freeze(ledger.whole(constant, ledger.node, 0).axes, "it is an output of the graph", name)

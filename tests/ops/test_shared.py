@@ -359,7 +359,7 @@ REFUSALS = [
     Case("QuickGelu", "custom-domain", custom,
          frozen=frozen("op", "QuickGelu", "no rule for operator com.microsoft::QuickGelu")),
     Case("Einsum", "no-rule", unknown, frozen={"a.w/1": ("op", "Einsum", "no rule for operator Einsum")}),
-    Case("output", "of-the-graph", outputs, frozen=frozen("z", "output", "it is an output of the graph")),
+    Case("output", "of-the-graph", outputs, frozen=frozen("a", "output", "it is an output of the graph")),
     Case("output", "loose-end", loose_end, frozen={"a.w/0": ("", "", "no operator consumes these channels")}),
 ]  # fmt: skip
 
