@@ -52,6 +52,11 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
     known.update({name: constant.shape for name, constant in constants.items()})
     known.update({name: constants[root].shape for name, root in aliases.items()})
     arithmetic, static = _complete(model, skeleton, nodes, constants, aliases, shapes, known, types)
+    unknown = [name for node in nodes for name in node.outputs if name and name not in known]
+    if unknown:
+        notes.append(
+            f"{len(unknown)} tensors have no known shape, since the model does not run here; they stay as they are"
+        )
     return Model(
         nodes=tuple(nodes),
         constants=constants,

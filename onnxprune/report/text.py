@@ -128,6 +128,8 @@ def _facts(report: Report) -> list[str]:
             lines.append(f"         {len(p.insensitive)} segments did not react to the negative control (see --json)")
         if report.weights == "changed":
             lines.append("         weight values differ from the original's (trained or compensated)")
+    elif report.after["params"] < report.before["params"]:
+        lines.append("proof    none: it was skipped (--no-proof)")
     lines += [f"note     {note}" for note in report.notes]
     return lines
 
