@@ -13,28 +13,17 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import architectures
 from architectures import variants
+from commands import ok, run
 from onnxprune import cli, pipeline
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DIGITS, DENOISE = FIXTURES / "digits", FIXTURES / "denoise"
 QUICK = ("--target-mac", "0.6", "--no-latency")
-
-
-def run(*args: object) -> Result:
-    """Run a command in this process."""
-    return CliRunner().invoke(cli.commands, [str(arg) for arg in args])
-
-
-def ok(*args: object) -> Result:
-    """Run a command that succeeds."""
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.fixture

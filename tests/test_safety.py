@@ -12,25 +12,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
 from onnx import ModelProto, helper, numpy_helper
 
+from commands import ok, run
 from graphs import Tiny
 from onnxprune import cli, quality
 
 QUICK = ("--target-mac", "0.75", "--no-latency")
-
-
-def run(*args: object) -> Result:
-    """Run a command in this process."""
-    return CliRunner().invoke(cli.commands, [str(arg) for arg in args])
-
-
-def ok(*args: object) -> Result:
-    """Run a command that succeeds."""
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def refused(code: int, *args: object) -> str:
