@@ -22,6 +22,7 @@ from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
 from onnxprune.options import Options, silent
 from onnxprune.options import Progress as RunProgress
 from onnxprune.parameters import Amount, InputShape, Numbers
+from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
 from onnxprune.report import Report, text
@@ -109,6 +110,8 @@ def _select_options(command: Callable) -> Callable:
             click.option("--max-prune", type=click.FloatRange(0, 1), default=1.0, help="Largest share to remove per group."),
             click.option("--ignore", multiple=True, help="Leave nodes, tensors or groups alone (glob, repeatable)."),
             click.option("--only", multiple=True, help="Prune nothing but these (glob, repeatable)."),
+            click.option("--attention", type=click.Choice(ATTENTION), default="auto", show_default=True,
+                         help="Remove whole heads, dimensions inside every head, or dimensions where they can (auto)."),
         )
     ):  # fmt: skip
         command = option(command)

@@ -10,8 +10,9 @@ from functools import cached_property
 
 import numpy as np
 
-from onnxprune.coupling import Coupling, distinct
+from onnxprune.coupling import Coupling, distinct, first_row
 from onnxprune.labels import Axis, Work, fixed
+from onnxprune.model import Node
 
 KINDS = ("mac", "weights", "params", "activations", "bandwidth", "bytes")
 
@@ -73,7 +74,8 @@ class Cost:
         params = [(constant.itemsize, axes) for constant, axes in _constants(coupling)]
         mac, distinct = self.layers, dict(w for w in weights if w is not None)
         weight_terms = [(1.0, axes) for axes in distinct.values()]
-        activations = [(1.0, axes) for work in self.works for axes in _activations(coupling, work)]
+        nodes = {work.node.key: work.node for work in self.works}
+        activations = [(1.0, axes) for node in nodes.values() for axes in _activations(coupling, node)]
         self.terms = {
             "mac": mac,
             "weights": self._terms(weight_terms),
@@ -123,7 +125,7 @@ class Cost:
                     if atom.labels is None:
                         factor *= atom.size
                     else:
-                        row.append(self._atom(self.coupling.classes[atom.labels]))
+                        row.append(self._atom(self.coupling.classes[first_row(atom.labels)]))
             factors.append(factor)
             atoms.append(row)
         width = max((len(row) for row in atoms), default=0)
@@ -138,9 +140,9 @@ class Cost:
         return self._known[key]
 
 
-def _activations(coupling: Coupling, work: Work) -> Iterable[tuple[Axis, ...]]:
+def _activations(coupling: Coupling, node: Node) -> Iterable[tuple[Axis, ...]]:
     """Input and output tensors of a node with multiply-accumulates, weights and biases left out."""
-    for name in (*work.node.inputs, *work.node.outputs):
+    for name in (*node.inputs, *node.outputs):
         if name and coupling.model.constant(name) is None and name not in coupling.ledger.derived:
             yield coupling.axes(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,8 @@ class Node:
     ----------
     captured
         Outer tensors that the node's bodies (If, Loop, Scan) read.
+    key
+        First output: the only name that is unique in every valid graph.
     """
 
     name: str
@@ -29,11 +32,11 @@ class Node:
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
     captured: tuple[str, ...] = ()
+    key: str = field(init=False)
 
-    @property
-    def key(self) -> str:
-        """First output: the only name that is unique in every valid graph."""
-        return next(name for name in self.outputs if name)
+    def __post_init__(self) -> None:
+        """Find the key."""
+        object.__setattr__(self, "key", next(filter(None, self.outputs), ""))
 
     @property
     def title(self) -> str:
@@ -58,7 +61,7 @@ class Constant:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def is_vector(self) -> bool:

@@ -15,7 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnxprune.errors import FileError, ModelError, UsageError
-from onnxprune.protos import INTEGERS, constant_tensor, tensors
+from onnxprune.protos import INTEGERS, bodies, constant_tensor, tensors
 from onnxprune.reader import read  # noqa: F401 (reading belongs to input and output)
 
 MAX_PROTOBUF = 2**31 - 1  # bytes that protobuf serialises at most
@@ -213,12 +213,22 @@ def _all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             named.CopyFrom(tensor)
             named.name = node.output[0]
             yield named
+        for body in bodies(node):
+            yield from _all_tensors(body)
 
 
 def _without_values(node: onnx.NodeProto) -> onnx.NodeProto:
-    if node.op_type != "Constant" or constant_tensor(node) is None:
+    """A node without the tensors that are compared by name: what a Constant holds, and initializers of bodies."""
+    holds = node.op_type == "Constant" and constant_tensor(node) is not None
+    if not holds and not any(True for _ in bodies(node)):
         return node
     bare = onnx.NodeProto()
     bare.CopyFrom(node)
-    del bare.attribute[:]
+    if holds:
+        del bare.attribute[:]
+    for body in bodies(bare):
+        del body.initializer[:]
+        inner = [_without_values(each) for each in body.node]
+        del body.node[:]
+        body.node.extend(inner)
     return bare

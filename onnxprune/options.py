@@ -12,6 +12,7 @@ import onnx
 
 from onnxprune import runtime
 from onnxprune.errors import UsageError
+from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import check_criterion
 from onnxprune.passes.select import PRESETS, Limits
 
@@ -42,6 +43,7 @@ class Options:
     max_prune: float = 1.0
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    attention: str = "auto"
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     provider: str = ""
     seed: int = 0
@@ -50,6 +52,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UsageError(f"preset {self.preset!r}: unknown; choose from {', '.join(PRESETS)}")
+        if self.attention not in ATTENTION:
+            raise UsageError(f"attention {self.attention!r}: unknown; choose from {', '.join(ATTENTION)}")
         if self.align < 1 or self.min_channels < 1 or not 0 <= self.max_prune <= 1:
             raise UsageError("align and min_channels are at least 1, max_prune lies between 0 and 1")
         if self.seed < 0:

@@ -16,10 +16,12 @@ import numpy as np
 import onnx
 
 from onnxprune import onnx_io, report, runtime
+from onnxprune.branches import flatten, merges
 from onnxprune.budget import Budget
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, UsageError
+from onnxprune.model import Model
 from onnxprune.options import Clock, ModelLike, Options, Progress, silent
 from onnxprune.passes.apply import apply as apply_plan
 from onnxprune.passes.couple import couple
@@ -27,6 +29,7 @@ from onnxprune.passes.prove import Proof, prove
 from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import PRESETS, lowest, select
 from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan
+from onnxprune.prepare import inline, prepare
 from onnxprune.report import Report
 
 
@@ -41,9 +44,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory, where it came from, and what coupling found out about it."""
+    """A model in memory, where it came from, and what coupling found out about it.
+
+    ``proto`` is what gets pruned; ``flat`` is what is reasoned about: the same but for control flow;
+    ``called`` is the file's own graph, where that calls local functions which ``proto`` has inlined.
+    """
 
     proto: onnx.ModelProto
+    flat: onnx.ModelProto
+    called: onnx.ModelProto | None
     path: pathlib.Path | None
     sha256: str
     coupling: Coupling
@@ -63,10 +72,29 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
         if plan is not None and not shapes:
             names = {value.name for value in proto.graph.input}
             shapes = {name: shape for name, shape in plan.inputs.items() if name in names}
-        graph = onnx_io.read(proto, shapes)
-        coupling = couple(graph, options.ignore, options.only)
+        source, inlined = proto, inline(proto)
+        proto, prepared = prepare(inlined)
+        flat, graph = _read_flat(proto, shapes)
+        graph = replace(graph, notes=(*prepared, *graph.notes))
+        attention = options.attention if plan is None else plan.attention
+        coupling = couple(graph, options.ignore, options.only, attention)
         cost = Cost(coupling)
-    return Loaded(proto, path, digest, coupling, cost)
+    called = source if inlined is not source and proto is inlined else None
+    return Loaded(proto, flat, called, path, digest, coupling, cost)
+
+
+def _read_flat(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> tuple[onnx.ModelProto, Model]:
+    """Read a model with the branches of its control flow laid out, where both branches give tensors of one shape."""
+    flat = flatten(proto)
+    if flat is not proto:
+        try:
+            graph = onnx_io.read(flat, shapes)
+        except ModelError:
+            return proto, onnx_io.read(proto, shapes)
+        merged = [graph.producer[name] for name in merges(proto) if name in graph.producer]
+        if all(len({graph.shapes.get(name) for name in (*node.inputs[1:], node.key)}) == 1 for node in merged):
+            return flat, graph
+    return proto, onnx_io.read(proto, shapes)
 
 
 @contextmanager
@@ -111,7 +139,7 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
         scores = score(coupling, options.criterion, options.seed)
     with clock.stage("select"):
         keep = every if budget.met else _select_to_fit(loaded, scores, budget, options)
-        plan = make_plan(coupling, keep, loaded.sha256)
+        plan = replace(make_plan(coupling, keep, loaded.sha256), attention=options.attention)
     if budget.met:
         pruned, proof = loaded.proto, None
     else:
@@ -125,6 +153,11 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     targets = budget.rows(after, floor(loaded, options))
     notes = (
         *coupling.model.notes,
+        *(
+            ("local functions were inlined, because what they compute shrinks",)
+            if loaded.called and not pruned.functions
+            else ()
+        ),
         *(("the model already meets the target; nothing was removed",) if budget.met else ()),
     )
     return Result(pruned, plan, replace(described, after=after, targets=targets, proof=proof, notes=notes))
@@ -201,11 +234,11 @@ def verify(
     plan = read_plan(plan)
     clock = Clock()
     loaded = load(original, options, clock, plan)
-    given = pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)
+    given, _ = prepare(inline(pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)))
     keep = keep_of_groups(loaded.coupling, plan) if plan.groups else keep_of(loaded.coupling, plan)
     sliced, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     with clock.stage("compare"):
-        differences, exact = onnx_io.compare(sliced, given)
+        differences, exact = onnx_io.compare(inline(sliced), given)
     if not differences:
         _run_whole(loaded, given)
     if differences:
@@ -229,7 +262,7 @@ def describe(loaded: Loaded, options: Options, keep: np.ndarray, scores: np.ndar
         input_shapes=loaded.coupling.model.input_shapes,
         before=before,
         after=cost.of(keep),
-        groups=report.group_rows(loaded.coupling, keep, scores),
+        groups=report.group_rows(cost, keep, scores),
         layers=report.layers(cost, keep),
         frozen=report.frozen_rows(cost),
         floor={kind: value / before[kind] if before[kind] else 1.0 for kind, value in floor(loaded, options).items()},
@@ -290,16 +323,17 @@ def _apply_and_prove(
     loaded: Loaded, plan: Plan, keep: np.ndarray, options: Options, progress: Progress, clock: Clock
 ) -> tuple[onnx.ModelProto, Proof | None]:
     with clock.stage("apply"):
-        pruned = apply_plan(loaded.proto, loaded.coupling, plan, keep)
+        pruned = _apply(loaded, plan, keep)
     if not options.proof:
         return pruned, None
     with clock.stage("prove"):
         try:
-            graph = onnx_io.read(pruned, loaded.coupling.model.input_shapes)
+            flat = inline(pruned) if loaded.flat is loaded.proto else flatten(inline(pruned))
+            graph = onnx_io.read(flat, loaded.coupling.model.input_shapes)
         except ModelError as error:
             raise ProofError(f"the pruned graph is invalid: {error}; nothing was written", (str(error),)) from error
         proof = prove(
-            loaded.proto, pruned, graph, loaded.coupling, plan, keep,
+            loaded.flat, flat, graph, loaded.coupling, plan, keep,
             seed=options.seed, progress=lambda done, total: progress("prove", done, total),
         )  # fmt: skip
     if not proof.ok:
@@ -309,6 +343,19 @@ def _apply_and_prove(
     with clock.stage("prove"):
         _run_whole(loaded, pruned)
     return pruned, proof
+
+
+def _apply(loaded: Loaded, plan: Plan, keep: np.ndarray) -> onnx.ModelProto:
+    """Apply a plan to the file's own graph where no body of a function must change, else with the functions inlined."""
+    pruned = apply_plan(loaded.proto, loaded.coupling, plan, keep)
+    if loaded.called is None:
+        return pruned
+    called = apply_plan(loaded.called, loaded.coupling, plan, keep)
+    local = {(function.domain, function.name) for function in loaded.called.functions}
+    outside = {name for node in called.graph.node if (node.domain, node.op_type) not in local for name in node.output}
+    inner = [[n for n in model.graph.node if outside.isdisjoint(n.output)] for model in (loaded.proto, pruned)]
+    calls = [[n for n in m.graph.node if (n.domain, n.op_type) in local] for m in (loaded.called, called)]
+    return called if inner[0] == inner[1] and calls[0] == calls[1] else pruned
 
 
 def _run_whole(loaded: Loaded, pruned: onnx.ModelProto) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError, ProofError
 
-Slices = dict[int, list[int]]
+Slices = dict[int, list]
+"""Kept indices by axis: a list, or a list of lists where every block of axis 0 keeps others (grouped convolutions)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +28,8 @@ class Plan:
         ``(id, size, keep)`` per group, ``keep`` a tuple of bool.
     sha256, inputs
         The model that the plan was made for: hash of its file (or empty), and its input shapes.
+    attention
+        What shrinks in attention, as the option of that name says.
     """
 
     initializers: Mapping[str, Slices]
@@ -34,6 +37,7 @@ class Plan:
     sha256: str = ""
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     added: Mapping[str, Any] = field(default_factory=dict)
+    attention: str = "auto"
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data (``schema`` 1)."""
@@ -45,6 +49,7 @@ class Plan:
             },
             "groups": [{"id": name, "size": size, "keep": list(keep)} for name, size, keep in self.groups],
             "added": dict(self.added),
+            "attention": self.attention,
         }
 
     @classmethod
@@ -55,7 +60,7 @@ class Plan:
             if data["schema"] != 1:
                 raise ModelError(f"plan schema {data['schema']} is unknown to this version; it reads schema 1")
             initializers = {
-                str(name): {int(axis): [int(index) for index in kept] for axis, kept in axes.items()}
+                str(name): {int(axis): _indices(kept) for axis, kept in axes.items()}
                 for name, axes in data["initializers"].items()
             }
             groups = tuple((g["id"], int(g["size"]), tuple(map(bool, g["keep"]))) for g in data.get("groups", ()))
@@ -63,9 +68,23 @@ class Plan:
                 raise ModelError("a group of the plan keeps or removes another number of channels than it has")
             model = data.get("model", {})
             inputs = {name: tuple(map(int, shape)) for name, shape in model.get("inputs", {}).items()}
-            return cls(initializers, groups, str(model.get("sha256", "")), inputs, data.get("added", {}))
+            return cls(
+                initializers,
+                groups,
+                str(model.get("sha256", "")),
+                inputs,
+                data.get("added", {}),
+                data.get("attention", "auto"),
+            )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(f"not a plan written by onnxprune ({error!r})") from error
+
+
+def _indices(kept: list) -> list:
+    """Indices, or rows of them: nothing deeper, and not both."""
+    if any(isinstance(row, list) for row in kept):
+        return [[int(index) for index in row] for row in kept]
+    return [int(index) for index in kept]
 
 
 def make_plan(coupling: Coupling, keep: np.ndarray, sha256: str = "") -> Plan:
@@ -85,8 +104,8 @@ def expected_slices(coupling: Coupling, keep: np.ndarray) -> dict[str, Slices]:
     for (name, key), axes in coupling.ledger.constants.items():
         slices = {}
         for axis, atom in sorted(axes.items()):
-            kept = np.flatnonzero(keep[coupling.classes[atom.labels]])
-            if len(kept) < atom.size:
+            kept = coupling.kept_in_rows(atom, keep)
+            if kept.shape[-1] < atom.size:
                 slices[axis] = kept.tolist()
         readers.setdefault(name, []).append((key, slices))
     for name, uses in readers.items():
@@ -117,16 +136,20 @@ def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
         shape = coupling.model.constants[name].shape
         for axis, kept in slices.items():
             size = shape[axis] if 0 <= axis < len(shape) else 0
-            if not kept or min(kept) < 0 or max(kept) >= size or len(set(kept)) < len(kept):
-                raise ModelError(
-                    f"the plan keeps indices of {full} axis {axis} that do not exist or repeat ({size} there)"
-                )
+            rows = kept if kept and isinstance(kept[0], list) else [kept]
+            for row in rows:
+                if not row or min(row) < 0 or max(row) >= size or len(set(row)) < len(row):
+                    raise ModelError(
+                        f"the plan keeps indices of {full} axis {axis} that do not exist or repeat ({size} there)"
+                    )
             atom = uses[0].get(axis)
             if atom is not None and atom.labels is not None:
-                gone = np.ones(size, bool)
-                gone[kept] = False
-                keep[coupling.classes[atom.labels[gone]]] = False
-    _refuse_frozen(coupling, keep)
+                classes = coupling.classes[atom.labels].reshape(-1, size)
+                if len(rows) not in (1, len(classes)):
+                    raise ModelError(f"the plan keeps {len(rows)} rows of {full} axis {axis}, which has {len(classes)}")
+                for own, row in zip(classes, rows * (len(classes) // len(rows)), strict=True):
+                    keep[np.delete(own, row)] = False
+    _refuse_impossible(coupling, keep)
     return keep
 
 
@@ -139,10 +162,12 @@ def owner(coupling: Coupling, full: str) -> tuple[str, str]:
     return next((pair for pair in splits if pair in coupling.ledger.constants), (full, ""))
 
 
-def _refuse_frozen(coupling: Coupling, keep: np.ndarray) -> None:
-    """A plan that removes frozen channels is wrong however well it fits."""
+def _refuse_impossible(coupling: Coupling, keep: np.ndarray) -> None:
+    """A plan that removes frozen channels is wrong however well it fits, and rows that keep unequal numbers fit nothing."""
+    if coupling.unbalanced(keep):
+        raise ModelError("the plan keeps unequal numbers of channels in groups or heads that must stay equally wide")
     for member in coupling.members:
-        cut = member.classes[~keep[member.classes] & coupling.frozen[member.classes]]
+        cut = member.classes[~keep[member.classes] & coupling.frozen[member.classes]].ravel()
         if len(cut):
             reason = coupling.reasons[coupling.reason[cut[0]]]
             where = f"{member.tensor} axis {member.axis}"
@@ -164,5 +189,5 @@ def keep_of_groups(coupling: Coupling, plan: Plan) -> np.ndarray:
     keep = np.ones(coupling.n_classes, bool)
     for group, (_, _, kept) in zip(coupling.groups, plan.groups, strict=True):
         keep[group.classes] = kept
-    _refuse_frozen(coupling, keep)
+    _refuse_impossible(coupling, keep)
     return keep

@@ -49,6 +49,28 @@ def reads(proto: onnx.NodeProto) -> Iterator[str]:
             yield from (output.name for output in graph.output)
 
 
+def is_float(dtype: np.dtype) -> bool:
+    """Whether an array type holds floating-point numbers; numpy does not know that of bfloat16."""
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Graphs that a node holds: branches of an If, bodies of loops."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def captures(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that the bodies of a node read from outside."""
+    for body in bodies(node):
+        own = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
+        own.update(name for inner in body.node for name in inner.output)
+        read = [name for inner in body.node for name in (*inner.input, *captures(inner))]
+        yield from (name for name in (*read, *(output.name for output in body.output)) if name and name not in own)
+
+
 def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Every tensor of a graph: initializers, and tensors in attributes, bodies included."""
     yield from graph.initializer

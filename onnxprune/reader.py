@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import numpy_helper, shape_inference
+from onnx import numpy_helper
 
 from onnxprune import runtime
+from onnxprune import shapes as shape_search
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.model import Constant, Model, Node, Shape
-from onnxprune.protos import INTEGERS, constant_tensor
+from onnxprune.protos import INTEGERS, bodies, captures, constant_tensor
 
-SMALL = 4096  # elements: integer constants up to this size stay readable to shape inference and shape arithmetic
 TRIED_SIZES = (64, 32, 16, 128, 224, 256, 8)  # for dynamic axes nobody gave a size for
-_RUNTIME_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")  # whose operators onnxruntime brings
-# fmt: off
-_NEVER_STATIC = frozenset((
-    "If", "Loop", "Scan", "SequenceMap", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike",
-    "Bernoulli", "Multinomial", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear",
-))
-# fmt: on
 
 
 def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Model:
@@ -46,12 +38,13 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
     declared = _declared_inputs(model, constants)
     shapes, notes = _input_shapes(model, declared, input_shapes or {})
     skeleton = _skeleton(model, constants, shapes)
-    known, types = _infer_shapes(skeleton)
+    known, types = shape_search.infer(skeleton)
     nodes = _nodes(skeleton)
     aliases = _aliases(nodes, constants)
     known.update({name: constant.shape for name, constant in constants.items()})
     known.update({name: constants[root].shape for name, root in aliases.items()})
-    arithmetic, static = _complete(model, skeleton, nodes, constants, aliases, shapes, known, types)
+    search = shape_search.Completion(skeleton, nodes, constants, aliases, known, types)
+    arithmetic = search.run(lambda names: _run_for_shapes(model, names, shapes))
     unknown = [name for node in nodes for name in node.outputs if name and name not in known]
     if unknown:
         notes.append(
@@ -66,7 +59,7 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
         shapes=known,
         opset=next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")),
         types=types,
-        static=frozenset(static),
+        static=frozenset(search.values),
         arithmetic=arithmetic,
         declared=declared,
         notes=tuple(notes),
@@ -191,32 +184,21 @@ def _skeleton(
         if value.name in shapes:
             kind = value.type.tensor_type.elem_type
             graph.input.append(onnx.helper.make_tensor_value_info(value.name, kind, shapes[value.name]))
+    foreign = {
+        name for node in model.graph.node if node.domain not in ("", "ai.onnx", "com.microsoft") for name in node.output
+    }
+    graph.value_info.extend(value for value in model.graph.value_info if value.name in foreign)
     data_types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:
         tensor = constant_tensor(node) if node.op_type == "Constant" else None
         if tensor is not None:
             data_types[node.output[0]] = tensor.data_type
     for name, constant in constants.items():
-        if constant.size <= 8 or (not constant.floating and constant.size <= SMALL):
+        if constant.size <= 8 or (not constant.floating and constant.size <= shape_search.SMALL):
             graph.initializer.append(_tensor(constant, name))
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(name, data_types[name], constant.shape))
     return skeleton
-
-
-def _infer_shapes(skeleton: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int]]:
-    try:
-        inferred = shape_inference.infer_shapes(skeleton, data_prop=True)
-    except (shape_inference.InferenceError, RuntimeError, ValueError, TypeError):  # running the model will judge it
-        inferred = skeleton
-    shapes, types = {}, {}
-    for value in (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input):
-        types[value.name] = value.type.tensor_type.elem_type
-        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            if all(dim.HasField("dim_value") for dim in dims):
-                shapes[value.name] = tuple(dim.dim_value for dim in dims)
-    return shapes, types
 
 
 def _nodes(skeleton: onnx.ModelProto) -> list[Node]:
@@ -227,6 +209,9 @@ def _nodes(skeleton: onnx.ModelProto) -> list[Node]:
             graph.toposort(recurse_subgraphs=False, recurse_functions=False)
     except Exception as error:
         raise ModelError(f"the graph is invalid: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    captured = {
+        node.output[0]: tuple(captures(node)) for node in skeleton.graph.node if any(True for _ in bodies(node))
+    }
     nodes = [
         Node(
             name=node.name,
@@ -235,7 +220,7 @@ def _nodes(skeleton: onnx.ModelProto) -> list[Node]:
             inputs=tuple(tensor.name for tensor in node.inputs),
             outputs=tuple(tensor.name for tensor in node.outputs),
             attributes=node.attrs,
-            captured=tuple(_captured(node)),
+            captured=captured.get(node.outputs[0].name, ()) if node.outputs else (),
         )
         for node in graph.nodes
     ]
@@ -260,17 +245,6 @@ def _is_sorted(graph: onnx.GraphProto) -> bool:
     return True
 
 
-def _captured(node: gs.Node) -> Iterator[str]:
-    """Names that the node's bodies read from outside."""
-    for value in node.attrs.values():
-        if isinstance(value, gs.Graph):
-            own = {tensor.name for inner in value.nodes for tensor in inner.outputs} | {i.name for i in value.inputs}
-            for inner in value.nodes:
-                yield from (t.name for t in inner.inputs if t.name and t.name not in own)
-                yield from (name for name in _captured(inner) if name not in own)
-            yield from (tensor.name for tensor in value.outputs if tensor.name not in own)
-
-
 def _aliases(nodes: Sequence[Node], constants: Mapping[str, Constant]) -> dict[str, str]:
     aliases: dict[str, str] = {}
     for node in nodes:
@@ -281,99 +255,12 @@ def _aliases(nodes: Sequence[Node], constants: Mapping[str, Constant]) -> dict[s
     return aliases
 
 
-def _static_nodes(
-    nodes: Sequence[Node], constants: Mapping[str, Constant], aliases: Mapping[str, str], shapes: Mapping[str, Shape]
-) -> list[Node]:
-    """Nodes whose outputs follow from shapes and small constants: shape arithmetic."""
-
-    def is_static(name: str) -> bool:
-        constant = constants.get(aliases.get(name, name))
-        if constant is None:
-            return name in found
-        return constant.size <= 1 or (not constant.floating and constant.size <= SMALL)
-
-    found: set[str] = set()
-    static = []
-    for node in nodes:
-        if node.outputs[0] in aliases or node.domain or node.op in _NEVER_STATIC:
-            continue
-        if node.op in ("Shape", "Size"):
-            follows = node.inputs[0] in shapes
-        elif node.op == "ConstantOfShape" and _is_float_fill(node):
-            follows = False
-        else:
-            follows = bool(node.inputs) and all(is_static(name) for name in node.inputs if name)
-        sizes = [math.prod(shapes[name]) for name in node.outputs if name in shapes]
-        if follows and max(sizes, default=0) <= SMALL:
-            static.append(node)
-            found.update(name for name in node.outputs if name)
-    return static
-
-
-def _is_float_fill(node: Node) -> bool:
-    value = node.attributes.get("value")
-    return value is None or np.issubdtype(value.dtype, np.floating)
-
-
-def _complete(
-    model: onnx.ModelProto, skeleton: onnx.ModelProto, nodes: Sequence[Node], constants: Mapping[str, Constant],
-    aliases: Mapping[str, str], shapes: Mapping[str, Shape], known: dict[str, Shape], types: dict[str, int],
-) -> tuple[runtime.Arithmetic | None, set[str]]:  # fmt: skip
-    """Find the shapes that inference could not, and the graph's shape arithmetic.
-
-    The arithmetic is evaluated and handed back to inference as constants, as long as that finds more; what is still unknown
-    then is measured by running the model once.
-    """
-    by_output = {name: proto for proto in skeleton.graph.node for name in proto.output if name}
-    wanted = [name for node in nodes for name in node.outputs if name]
-    measured = False
-    while True:
-        static = _static_nodes(nodes, constants, aliases, known)
-        arithmetic = None
-        if static:
-            read = dict.fromkeys(name for node in static for name in node.inputs if name)
-            leaves = [_tensor(constants[aliases.get(n, n)], n) for n in read if aliases.get(n, n) in constants]
-            arithmetic = runtime.Arithmetic([by_output[node.key] for node in static], leaves, model.opset_import)
-        names = {name for node in static for name in node.outputs if name}
-        missing = [name for name in wanted if name not in known]
-        if not missing or measured:
-            return arithmetic, names
-        values = arithmetic(known) if arithmetic else {}
-        found, kinds = _infer_shapes(_folded(skeleton, values))
-        found.update({name: value.shape for name, value in values.items()})
-        if not found.keys() - known.keys():
-            found, measured = _measured_or_unknown(model, nodes, missing, shapes), True
-        known.update({name: shape for name, shape in found.items() if name not in known})
-        types.update({name: kind for name, kind in kinds.items() if name not in types})
-
-
-def _folded(skeleton: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-    """The skeleton with computed values in the place of the nodes that compute them."""
-    folded = onnx.ModelProto()
-    folded.CopyFrom(skeleton)
-    del folded.graph.node[:]
-    folded.graph.node.extend(node for node in skeleton.graph.node if node.output[0] not in values)
-    folded.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
-    return folded
-
-
-def _measured_or_unknown(
-    model: onnx.ModelProto, nodes: Sequence[Node], missing: Sequence[str], shapes: Mapping[str, Shape]
-) -> dict[str, Shape]:
-    """Measure shapes; where operators of somebody's own domain keep the model from running here, they stay unknown."""
-    try:
-        return _run_for_shapes(model, missing, shapes)
-    except ModelError:
-        local = {(function.domain, function.name) for function in model.functions}
-        if any(node.domain not in _RUNTIME_DOMAINS and (node.domain, node.op) not in local for node in nodes):
-            return {}
-        raise
-
-
-def _run_for_shapes(model: onnx.ModelProto, names: Sequence[str], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+def _run_for_shapes(
+    model: onnx.ModelProto, names: Sequence[str], shapes: Mapping[str, Shape]
+) -> dict[str, tuple[Shape, int]]:
     """Find shapes that inference could not, by running the model once with those tensors as outputs."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     del probe.graph.output[:]
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return runtime.measure_shapes(probe.SerializeToString(), names, shapes)
+    return runtime.measure(probe.SerializeToString(), names, shapes)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import TensorProto, numpy_helper
 
 from onnxprune.errors import ModelError, UsageError
+from onnxprune.protos import bodies, is_float
 
 onnxruntime.set_default_logger_severity(4)
 
@@ -44,6 +46,11 @@ class Session:
     threads
         Threads within one operator; 0 lets onnxruntime choose.
 
+    Attributes
+    ----------
+    promoted
+        Whether the model runs in float32, because onnxruntime lacks kernels for the type it is in (bfloat16, double).
+
     Raises
     ------
     ModelError
@@ -58,10 +65,22 @@ class Session:
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         if not optimize:
             options.enable_cpu_mem_arena = False
+        self.promoted = False
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=providers(provider))
+            if any("bfloat16" in value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())):
+                raise TypeError("numpy arrays cannot feed bfloat16")
         except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this model
-            raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+            promoted = _promoted(model)
+            if promoted is None:
+                raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+            self.promoted = True
+            try:
+                self._session = onnxruntime.InferenceSession(
+                    promoted.SerializeToString(), options, providers=providers(provider)
+                )
+            except Exception:  # the first error is about what the user gave
+                raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
         self.inputs: dict[str, tuple[tuple[int | str | None, ...], np.dtype]] = {
             i.name: (tuple(i.shape), np.dtype(_DTYPES.get(i.type, np.float32))) for i in self._session.get_inputs()
         }
@@ -69,10 +88,57 @@ class Session:
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[Any]:
         """Run once; :class:`ModelError` where the model cannot run on these feeds."""
+        if self.promoted:
+            feeds = {
+                n: v.astype(np.float32) if n in self.inputs and self.inputs[n][1] == np.float32 else v
+                for n, v in feeds.items()
+            }
         try:
             return self._session.run(outputs, dict(feeds))
         except Exception as error:
             raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+
+def _promoted(model: str | bytes) -> onnx.ModelProto | None:
+    try:
+        return in_float32(onnx.load(model) if isinstance(model, str) else onnx.ModelProto.FromString(model))
+    except Exception:  # not a model at all: onnxruntime's own error says so
+        return None
+
+
+def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """Return the model with float32 in the place of bfloat16 and double; None where it has neither."""
+    found = False
+    wide = (TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+    def tensor(proto: onnx.TensorProto) -> None:
+        nonlocal found
+        if proto.data_type in wide:
+            found = True
+            proto.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(proto).astype(np.float32), proto.name))
+
+    def graph(proto: onnx.GraphProto) -> None:
+        nonlocal found
+        for value in (*proto.input, *proto.output, *proto.value_info):
+            if value.type.tensor_type.elem_type in wide:
+                found = True
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+        for each in proto.initializer:
+            tensor(each)
+        for node in proto.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    tensor(attribute.t)
+                if attribute.name in ("to", "dtype") and attribute.i in wide:
+                    found = True
+                    attribute.i = TensorProto.FLOAT
+            for body in bodies(node):
+                graph(body)
+
+    promoted = onnx.ModelProto()
+    promoted.CopyFrom(model)
+    graph(promoted.graph)
+    return promoted if found else None
 
 
 def providers(name: str = "") -> list[str]:
@@ -104,7 +170,7 @@ def random_feeds(
     feeds = {}
     for name, (_, dtype) in inputs.items():
         shape = tuple(shapes[name])
-        if np.issubdtype(dtype, np.floating):
+        if is_float(dtype):
             feeds[name] = rng.standard_normal(shape).astype(dtype)
         elif dtype == np.bool_:
             feeds[name] = np.ones(shape, dtype)
@@ -113,14 +179,18 @@ def random_feeds(
     return feeds
 
 
-def measure_shapes(
+def measure(
     model: bytes, wanted: Iterable[str], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, tuple[int, ...]]:
-    """Run a serialised model once on random input and return the shape of each ``wanted`` tensor (an output of it)."""
+) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Run a serialised model once on random input; return shape and element type of each ``wanted`` tensor (an output)."""
     session = Session(model, optimize=False)
     names = list(wanted)
     values = session.run(random_feeds(session.inputs, shapes), names)
-    return {name: value.shape for name, value in zip(names, values, strict=True) if hasattr(value, "shape")}
+    return {
+        name: (value.shape, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
+        for name, value in zip(names, values, strict=True)
+        if hasattr(value, "shape")
+    }
 
 
 def compare_latency(

@@ -15,9 +15,9 @@ from onnx import helper, numpy_helper
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError, ProofError
 from onnxprune.model import Shape
-from onnxprune.passes.follow import View, follow
+from onnxprune.passes.follow import PINNED, View, follow
 from onnxprune.plan import Plan, Slices, owner
-from onnxprune.protos import constant_tensor, copy_fields, reads
+from onnxprune.protos import bodies, constant_tensor, copy_fields, reads
 
 
 def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarray) -> onnx.ModelProto:
@@ -36,29 +36,38 @@ def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarr
         An operator's needs cannot be met (coupling should have frozen it).
     """
     edits = follow(coupling, keep)
-    if edits.failures:
-        node, text = edits.failures[0]
-        raise ProofError(f"{node.title} ({node.op}): {text}", tuple(f"{n.title}: {t}" for n, t in edits.failures))
+    if failures := [*edits.failures, *((node, PINNED) for node, _ in edits.unpinned)]:
+        node, text = failures[0]
+        raise ProofError(f"{node.title} ({node.op}): {text}", tuple(f"{n.title}: {t}" for n, t in failures))
     pruned = onnx.ModelProto()
     copy_fields(model, pruned, leave_out=("graph",))
     copy_fields(model.graph, pruned.graph, leave_out=("initializer", "node"))
     operands = _operands(coupling, edits.inputs)
     copies = {owner(coupling, full): full for full in plan.initializers if full not in coupling.model.constants}
-    for tensor in model.graph.initializer:
-        _add_tensor(pruned.graph, tensor, plan, operands, copies)
-    for node in model.graph.node:
-        added = pruned.graph.node.add()
-        added.CopyFrom(node)
-        key = next((name for name in node.output if name), "")
-        if node.op_type == "Constant" and key in coupling.model.constants:
-            _edit_constant(pruned.graph, added, plan, operands, copies)
-            continue
-        for index, name in enumerate(node.input):
-            added.input[index] = copies.get((coupling.model.aliases.get(name, name), key), name)
-        for name, value in edits.attributes.get(key, {}).items():
-            _set_attribute(added, name, value)
-        for index in sorted(index for edited, index in edits.inputs if edited == key):
-            _set_operand(pruned.graph, added, index, operands, edits.inputs[key, index])
+
+    def edit(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
+        for tensor in source.initializer:
+            _add_tensor(target, tensor, plan, operands)
+            _add_copies(pruned.graph, tensor, tensor.name, plan, copies)
+        for node in source.node:
+            added = target.node.add()
+            added.CopyFrom(node)
+            key = next((name for name in node.output if name), "")
+            if node.op_type == "Constant" and key in coupling.model.constants:
+                _edit_constant(pruned.graph, added, plan, operands, copies)
+                continue
+            for index, name in enumerate(node.input):
+                added.input[index] = copies.get((coupling.model.aliases.get(name, name), key), name)
+            for name, value in edits.attributes.get(key, {}).items():
+                _set_attribute(added, name, value)
+            for index in sorted(index for edited, index in edits.inputs if edited == key):
+                _set_operand(pruned.graph, added, index, operands, edits.inputs[key, index])
+            for body, now in zip(bodies(node), bodies(added), strict=True):
+                now.ClearField("initializer")
+                now.ClearField("node")
+                edit(body, now)
+
+    edit(model.graph, pruned.graph)
     _drop_dead(pruned.graph, coupling, keep, plan)
     _drop_unread(model.graph, pruned.graph)
     if model.ir_version < 4:
@@ -69,10 +78,17 @@ def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarr
 
 def take(array: np.ndarray, slices: Slices, name: str) -> np.ndarray:
     """Keep the given indices on every axis of ``slices``."""
-    for axis, kept in slices.items():
-        if axis >= array.ndim or max(kept, default=-1) >= array.shape[axis]:
+    for axis, kept in sorted(slices.items(), reverse=True):  # axis 0, which other axes may count blocks of, last
+        rows = kept if kept and isinstance(kept[0], list) else [kept]
+        fits = 0 <= axis < array.ndim and array.shape[0] % len(rows) == 0 and (axis or len(rows) == 1)
+        if not fits or max(max(row, default=-1) for row in rows) >= array.shape[axis]:
             raise ModelError(f"the plan does not fit {name} of shape {list(array.shape)}")
-        array = array.take(kept, axis)
+        blocks = np.split(array, len(rows)) if len(rows) > 1 else [array]
+        array = (
+            np.concatenate([b.take(row, axis) for b, row in zip(blocks, rows, strict=True)])
+            if len(rows) > 1
+            else (array.take(rows[0], axis))
+        )
     return array
 
 
@@ -96,16 +112,14 @@ def _add_tensor(
     tensor: onnx.TensorProto,
     plan: Plan,
     operands: Mapping[str, np.ndarray],
-    copies: Mapping[tuple[str, str], str],
 ) -> None:
-    """Add an initializer: sliced, with a new value, or as it is; and the slices that other readers need of it."""
+    """Add an initializer: sliced, with a new value, or as it is."""
     if tensor.name in operands:
         graph.initializer.append(_with_value(tensor, operands[tensor.name], tensor.name))
     elif tensor.name in plan.initializers:
         graph.initializer.append(_sliced(tensor, plan.initializers[tensor.name], tensor.name))
     else:
         graph.initializer.append(tensor)
-    _add_copies(graph, tensor, tensor.name, plan, copies)
 
 
 def _add_copies(
@@ -222,9 +236,12 @@ def _list_as_inputs(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:
 
 def _update_shapes(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray) -> None:
     """Correct the declared shape of every tensor whose axes shrank (and of initializers listed as inputs, IR 3)."""
+    for node in graph.node:
+        for body in bodies(node):
+            _update_shapes(body, coupling, keep)
     view, model = View(coupling, keep), coupling.model
     dims = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for value in (*graph.value_info, *graph.input):
+    for value in (*graph.value_info, *graph.input, *graph.output):
         name = value.name
         after: Shape | None = dims.get(name)
         if after is None and name in coupling.ledger.layouts:

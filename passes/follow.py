@@ -18,6 +18,7 @@ from onnxprune.labels import Reason
 from onnxprune.model import Model, Node, Shape
 from onnxprune.ops import Edit
 
+PINNED = "its length enters the computation on values"
 _PASSES_ELEMENTS = frozenset(("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten"))
 
 
@@ -43,8 +44,7 @@ class View:
             if layout is None:
                 self._after[name] = self._model.shapes[name]
             else:
-                kept = self._coupling.kept
-                self._after[name] = tuple(len(kept(axis, self._keep)) if axis else 1 for axis in layout.axes)
+                self._after[name] = self._coupling.shape(layout.axes, self._keep)
         return self._after[name]
 
     def _constant_layout(self, name: str):
@@ -52,7 +52,7 @@ class View:
         return self._coupling.ledger.input(node, index, ())
 
     def kept(self, name: str, axis: int) -> np.ndarray:
-        """Kept indices of an axis."""
+        """Kept indices of an axis (of its first row, where rows keep different ones)."""
         constant = self._model.constant(name)
         layout = self._coupling.ledger.layout(name) if constant is None else self._constant_layout(name)
         return self._coupling.kept(layout.axes[axis], self._keep)
@@ -86,11 +86,14 @@ class Edits:
         By (node key, input index): the constant that must stand there.
     failures
         Nodes whose needs cannot be met, with the cause.
+    unpinned
+        Nodes that compute with a length that would change and cannot be pinned, with the tensor that holds it.
     """
 
     attributes: dict[str, dict[str, object]] = field(default_factory=dict)
     inputs: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     failures: list[tuple[Node, str]] = field(default_factory=list)
+    unpinned: list[tuple[Node, str]] = field(default_factory=list)
 
 
 def follow(coupling: Coupling, keep: np.ndarray, nodes: Iterable[Node] | None = None) -> Edits:
@@ -99,12 +102,30 @@ def follow(coupling: Coupling, keep: np.ndarray, nodes: Iterable[Node] | None = 
     for node in coupling.model.nodes if nodes is None else nodes:
         if node.key in coupling.model.static or node.key in coupling.model.aliases:
             continue
-        for edit in ops.rewrite(node, view):
+        refused = node.key in coupling.ledger.refusals  # its shapes may be unknown, and nothing around it shrinks
+        for edit in () if refused else ops.rewrite(node, view):
             if isinstance(edit.where, str):
                 edits.attributes.setdefault(node.key, {})[edit.where] = edit.value
             elif not _patch(coupling, view, node, edit, edits):
                 edits.failures.append((node, f"its {node.op} operand is computed by arithmetic that would not follow"))
+        for index in _changed_data(coupling.model, view, node, refused=refused):
+            if node.inputs[index] in coupling.lasting:
+                edits.inputs[node.key, index] = coupling.model.static_values[node.inputs[index]]
+            else:
+                edits.unpinned.append((node, node.inputs[index]))
     return edits
+
+
+def _changed_data(model: Model, view: View, node: Node, *, refused: bool) -> list[int]:
+    """Inputs at which shape-derived numbers enter arithmetic on data (attention scales) and would change."""
+    if (ops.reads_shapes(node) and not refused) or model.static.isdisjoint(node.inputs):
+        return []
+    values = model.static_values
+    return [
+        index
+        for index, name in enumerate(node.inputs)
+        if name in model.static and not np.array_equal(values[name], view.values[name])
+    ]
 
 
 def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
@@ -114,17 +135,18 @@ def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
     each, so that for any two groups one trial cuts the one and spares the other. Arithmetic that agrees under all of them
     follows by itself.
     """
-    groups = [group for group in coupling.groups if group.frozen is None and group.size > 1]
-    if coupling.model.arithmetic is None or not groups:
+    if coupling.model.arithmetic is None:
         return []
     rng = np.random.default_rng(0)
-    numbers = np.arange(len(groups))
-    halves = [numbers >> bit & 1 == side for bit in range(len(groups).bit_length()) for side in (0, 1)]
-    for cut in (numbers >= 0, *halves):
+    order = rng.random(coupling.n_classes)
+    runs = [bundle.units(order)[: bundle.removable] for bundle in coupling.bundles if bundle.removable]
+    numbers = np.arange(len(runs))
+    halves = [numbers >> bit & 1 == side for bit in range(len(runs).bit_length()) for side in (0, 1)]
+    for cut in (numbers >= 0, *halves) if runs else ():
         keep = np.ones(coupling.n_classes, bool)
         for number in np.flatnonzero(cut):
-            keep[groups[number].classes[: rng.integers(1, groups[number].size)]] = False
-        found = _failing(coupling, keep) + _changed_data(coupling, View(coupling, keep))
+            keep[runs[number][: rng.integers(1, len(runs[number]) + 1)]] = False
+        found = _failing(coupling, keep) + _unpinned(coupling, View(coupling, keep))
         if found:
             return found
     return []
@@ -134,9 +156,12 @@ def _failing(coupling: Coupling, keep: np.ndarray) -> list[tuple[np.ndarray, Rea
     """Unfrozen labels around the nodes whose needs cannot be met under ``keep``, else of what their operands measure."""
     found = []
     static = coupling.model.static
-    for node, text in follow(
-        coupling, keep, [n for n in coupling.model.nodes if not static.isdisjoint(n.inputs)]
-    ).failures:
+    edits = follow(coupling, keep, [n for n in coupling.model.nodes if not static.isdisjoint(n.inputs)])
+    for node, name in edits.unpinned:
+        labels = _open_labels(coupling, sorted(_measured(coupling, name)))
+        if labels is not None:
+            found.append((labels, Reason(node.title, node.op, name, PINNED)))
+    for node, text in edits.failures:
         around = {name for name in (*node.inputs, *node.outputs) if name in coupling.ledger.layouts}
         measured = set().union(*(_measured(coupling, name) for name in node.inputs if name in static))
         for names in (around, measured):
@@ -149,24 +174,22 @@ def _failing(coupling: Coupling, keep: np.ndarray) -> list[tuple[np.ndarray, Rea
 
 def _open_labels(coupling: Coupling, names: Iterable[str]) -> np.ndarray | None:
     """Labels on the axes of these tensors; None where all of them are frozen."""
-    labels = [atom.labels for name in names for axis in coupling.axes(name) for atom in axis if atom.labels is not None]
+    axes = [axis for name in names for axis in coupling.axes(name)]
+    labels = [atom.labels.ravel() for axis in axes for atom in axis if atom.labels is not None]
     labels = [part for part in labels if not coupling.frozen[coupling.classes[part]].all()]
     return np.concatenate(labels) if labels else None
 
 
-def _changed_data(coupling: Coupling, view: View) -> list[tuple[np.ndarray, Reason]]:
-    """Shape-derived numbers that enter the arithmetic on data (attention scales) are pinned: what they count stays."""
+def _unpinned(coupling: Coupling, view: View) -> list[tuple[np.ndarray, Reason]]:
+    """Shape-derived numbers that are outputs, or that a body reads: what they count stays."""
     model, found = coupling.model, []
     uses = [("output", "output", name) for name in model.outputs]
-    for node in model.nodes:
-        if node.key not in model.static and node.key not in model.aliases:
-            data = () if ops.reads_shapes(node) else node.inputs
-            uses += [(node.title, node.op, name) for name in (*data, *node.captured)]
+    uses += [(node.title, node.op, name) for node in model.nodes for name in node.captured]
     for title, op, name in uses:
         if name in model.static and not np.array_equal(model.static_values[name], view.values[name]):
             labels = _open_labels(coupling, sorted(_measured(coupling, name)))
             if labels is not None:
-                found.append((labels, Reason(title, op, name, "its length enters the computation on values")))
+                found.append((labels, Reason(title, op, name, PINNED)))
     return found
 
 
@@ -206,7 +229,7 @@ def _patch(coupling: Coupling, view: View, node: Node, edit: Edit, edits: Edits)
         edits.inputs[node.key, index] = required
         return True
     patched = _patched_leaves(coupling, view, node, index, required, edits)
-    if patched is None and coupling.model.is_static:  # nothing of it can be dynamic, so a constant says the same
+    if patched is None and name in coupling.lasting:  # nothing of it is dynamic, so a constant says the same
         patched = {(node.key, index): required}
     edits.inputs.update(patched or {})
     return patched is not None

@@ -90,8 +90,10 @@ def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scor
     norm = CRITERIA["l2"] if criterion_name == "bn-scale" else criterion(criterion_name)
     scales = _batch_norm_scales(coupling) if criterion_name == "bn-scale" else frozenset()
     prunable = ~coupling.frozen
-    gains = _batch_norm_gains(coupling)
-    ranked = [m for m in coupling.members if prunable[m.classes].any()]
+    quantised = _quantisation_scales(coupling)
+    gains = {**_batch_norm_gains(coupling), **quantised}
+    valued = {name for name, c in coupling.model.constants.items() if c.floating} | quantised.keys()
+    ranked = [m for m in coupling.members if m.tensor in valued and prunable[m.classes].any()]
     for choice in (_is_scale(scales), _produces(coupling), _consumes(coupling), lambda member: True):
         open_classes = value < 0
         for member in ranked:
@@ -121,10 +123,15 @@ def _norms(
         raise ModelError(f"{member.tensor}: holds infinite weights; nothing can be ranked by them")
     if gain is not None:
         weight = weight * gain
-    shape = weight.shape
-    before = int(np.prod(shape[: member.axis], dtype=np.int64))
-    values = np.asarray(norm(weight.reshape(before, shape[member.axis], -1)), np.float64)
-    present, inverse = np.unique(member.classes, return_inverse=True)
+    before = int(np.prod(weight.shape[: member.axis], dtype=np.int64))
+    slices = weight.reshape(before, weight.shape[member.axis], -1)
+    if member.classes.ndim > 1:  # each block of axis 0 has channels of its own
+        rows, size = member.classes.shape
+        slices = (
+            slices.reshape(rows, -1, size, slices.shape[-1]).swapaxes(0, 1).reshape(before // rows, rows * size, -1)
+        )
+    values = np.asarray(norm(slices), np.float64)
+    present, inverse = np.unique(member.classes.ravel(), return_inverse=True)
     total = np.bincount(inverse, values)
     mean = total.mean()
     return present, total / mean if mean > 0 else total
@@ -162,6 +169,20 @@ def _batch_norm_gains(coupling: Coupling) -> dict[str, np.ndarray]:
         gain = scale.load() / np.sqrt(variance.load() + node.attributes.get("epsilon", 1e-5))
         gains[weight.name] = _along_outputs(producer, weight.shape, gain.astype(np.float32))
     return gains
+
+
+def _quantisation_scales(coupling: Coupling) -> dict[str, np.ndarray]:
+    """Per quantised weight, what its integers are multiplied by."""
+    model, scales = coupling.model, {}
+    for node in model.nodes:
+        weight = model.constant(node.inputs[0]) if node.op == "DequantizeLinear" else None
+        scale = model.constant(node.inputs[1]) if weight is not None else None
+        if weight is not None and scale is not None and weight.shape:
+            shape = [1] * len(weight.shape)
+            if scale.size > 1:
+                shape[node.attributes.get("axis", 1) % len(shape)] = -1
+            scales[weight.name] = scale.load().astype(np.float32).reshape(shape)
+    return scales
 
 
 def _along_outputs(producer: Node, shape: Shape, gain: np.ndarray) -> np.ndarray:

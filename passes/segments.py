@@ -6,7 +6,7 @@ output. Weights are fed, not stored, so that they are never copied and can be ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,15 +14,20 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.coupling import Coupling
-from onnxprune.labels import length
-from onnxprune.model import Model, Node
-from onnxprune.protos import reads
+from onnxprune.labels import Axis, length
+from onnxprune.model import Model, Node, Shape
+from onnxprune.protos import is_float, reads
 
 MAX_NODES = 32
 MAX_BYTES = 64 << 20  # of intermediate tensors, beyond which a segment ends
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 SMALL = 1 << 18  # elements of a segment below which one thread is faster than several
-MIXING = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
+MIXING = frozenset(
+    (
+        "Conv ConvTranspose Gemm MatMul Einsum LSTM GRU RNN "
+        "FusedConv FusedGemm FusedMatMul Attention MultiHeadAttention GroupQueryAttention"
+    ).split()
+)
 DISCONTINUOUS = frozenset(["Ceil", "Floor", "Round", "Sign", "Mod", "QuantizeLinear", "DynamicQuantizeLinear"])
 
 
@@ -39,8 +44,8 @@ class Segment:
     threads: int
 
 
-def segments(model: Model) -> Iterator[Segment]:
-    """Cut the graph into segments.
+def segments(model: Model, needed: Collection[str]) -> Iterator[Segment]:
+    """Cut the graph into segments of the nodes whose keys are ``needed``.
 
     A segment starts at every convolution or product, so that a rectifier before it cannot hide a channel of its input. It
     ends behind a node whose output jumps (comparisons, rounding, integers): rounding errors would otherwise flip
@@ -49,7 +54,7 @@ def segments(model: Model) -> Iterator[Segment]:
     run: list[Node] = []
     size = 0
     for node in model.nodes:
-        if node.key in model.static or node.key in model.aliases:
+        if node.key not in needed:
             continue
         if run and node.op in MIXING:
             yield _segment(model, run)
@@ -107,7 +112,7 @@ def plain_graph(
         value = model.value(name)
         if value is None:
             continue
-        if np.issubdtype(value.dtype, np.floating) and value.ndim > 0:
+        if is_float(value.dtype) and value.ndim > 0:
             constants[name] = value
             kind = helper.np_dtype_to_tensor_dtype(value.dtype)
             inputs.append(helper.make_tensor_value_info(name, kind, value.shape))
@@ -140,17 +145,11 @@ def masked_nodes(
             out += _redefined(coupling, keep, copy, node, constants)
             continue
         for c in mine:
-            axes = coupling.axes(node.inputs[c.input])
-            kept = coupling.kept(axes[c.axis], keep)
-            size = coupling.model.shapes[node.inputs[c.input]][c.axis]
-            if len(kept) == size:
+            mask = coupling.mask(coupling.ledger.input(node, c.input, ()).axes, c.axis, keep)
+            if mask.all():
                 continue
-            shape = [1] * len(axes)
-            shape[c.axis] = size
-            mask = np.zeros(size, bool)
-            mask[kept] = True
             name = f"{node.key}/masked{c.input}.{c.axis}"
-            constants[f"{name}/keep"] = mask.reshape(shape)
+            constants[f"{name}/keep"] = mask
             source, dtype = copy.input[c.input], _dtype(coupling.model, node.inputs[c.input])
             if coupling.model.opset < 9:  # before Where
                 constants[f"{name}/keep"] = constants[f"{name}/keep"].astype(dtype)
@@ -164,7 +163,7 @@ def masked_nodes(
 
 
 def _shrinks(coupling: Coupling, keep: np.ndarray, node: Node, index: int) -> bool:
-    axes = coupling.axes(node.inputs[index])
+    axes = coupling.ledger.input(node, index, ()).axes
     return any(len(coupling.kept(axis, keep)) < length(axis) for axis in axes)
 
 
@@ -174,38 +173,44 @@ def _redefined(
     """The operator on the kept channels alone, its output spread back with zeros."""
     before, after = [], []
     for index, name in enumerate(node.inputs):
-        if not name or name in coupling.model.static:
+        constant = coupling.model.constant(name) if name else None
+        if not name or name in coupling.model.static or (constant is not None and not constant.floating):
             continue
-        constant = coupling.model.constant(name)
-        if constant is not None and not constant.floating:
-            continue
-        axes = coupling.ledger.input(node, index, ()).axes
-        for position, axis in enumerate(axes):
-            kept = coupling.kept(axis, keep)
-            if len(kept) < length(axis):
-                fresh = f"{node.key}/kept{index}.{position}"
-                constants[f"{fresh}/indices"] = kept
-                before.append(
-                    helper.make_node("Gather", [proto.input[index], f"{fresh}/indices"], [fresh], axis=position)
-                )
-                proto.input[index] = fresh
+        kept = _places(coupling, keep, coupling.ledger.input(node, index, ()).axes, coupling.model.shapes[name])
+        if kept is not None:
+            fresh = f"{node.key}/kept{index}"
+            before += _picked(proto.input[index], kept, fresh, constants)
+            proto.input[index] = fresh
     for index, name in enumerate(node.outputs):
-        current = name
-        for position, axis in enumerate(coupling.axes(name) if name else ()):
-            kept = coupling.kept(axis, keep)
-            if len(kept) < length(axis):
-                fresh = f"{node.key}/spread{index}.{position}"
-                place = np.zeros(length(axis), np.int64)
-                place[kept] = np.arange(len(kept))
-                constants[f"{fresh}/indices"] = place
-                after.insert(0, helper.make_node("Gather", [fresh, f"{fresh}/indices"], [current], axis=position))
-                current = fresh
-        if name:
-            proto.output[index] = current
+        kept = _places(coupling, keep, coupling.axes(name), coupling.model.shapes[name]) if name else None
+        if kept is not None:
+            fresh = proto.output[index] = f"{node.key}/spread{index}"
+            place = np.zeros(coupling.model.shapes[name], kept.dtype)
+            place.ravel()[kept.ravel()] = np.arange(kept.size)
+            after += _picked(fresh, place, name, constants)
     return [*before, proto, *after]
 
 
+def _places(coupling: Coupling, keep: np.ndarray, axes: tuple[Axis, ...], shape: Shape) -> np.ndarray | None:
+    """Flat index of every element that is kept, in the shape they then have; None where all are."""
+    flat = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
+    kept = coupling.extract(axes, keep, flat)
+    return None if kept is flat else kept
+
+
+def _picked(source: str, places: np.ndarray, name: str, constants: dict[str, np.ndarray]) -> list[onnx.NodeProto]:
+    """Nodes that pick elements of a tensor by their flat indices."""
+    constants[f"{name}/places"], constants[f"{name}/flat"] = places, np.array([-1], np.int64)
+    return [
+        helper.make_node("Reshape", [source, f"{name}/flat"], [f"{name}/all"]),
+        helper.make_node("Gather", [f"{name}/all", f"{name}/places"], [name]),
+    ]
+
+
 def _dtype(model: Model, name: str) -> np.dtype:
+    constant = model.constant(name)
+    if constant is not None:
+        return constant.load().dtype
     return np.dtype(helper.tensor_dtype_to_np_dtype(model.types.get(name, TensorProto.FLOAT)))
 
 
@@ -216,7 +221,7 @@ DRAWS = 4
 def random_entries(
     model: Model, entries: Sequence[str], rng: np.random.Generator, draw: int
 ) -> Mapping[str, np.ndarray]:
-    """Random values for a segment's entries: floats by ``draw``, integers 0 or 1, random booleans.
+    """Random values for a segment's entries: floats by ``draw``, integers 0 or 1 (or 0 alone), random booleans.
 
     Draw 0 is normal around 0.25; the others suit operators that are not defined everywhere: above 0.5 (Log, Sqrt), within
     (0.05, 0.95) (Acos, Atanh), above 1 (Acosh).
@@ -227,7 +232,7 @@ def random_entries(
         if dtype == np.bool_:
             value = rng.random(shape) < 0.5
         elif np.issubdtype(dtype, np.integer):
-            value = rng.integers(0, 2, shape)
+            value = rng.integers(0, 2 - draw % 2, shape)
         elif draw == 2:
             value = rng.uniform(0.05, 0.95, shape)
         else:

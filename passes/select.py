@@ -6,14 +6,14 @@ Threshold of group g = lambda * e(g)^alpha * balance(g). All channels are theref
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 
 from onnxprune.cost import KINDS, Cost
-from onnxprune.coupling import Coupling, Group
+from onnxprune.coupling import Bundle, Coupling, Group
 from onnxprune.errors import BudgetError
 from onnxprune.passes.score import Scores
 
@@ -81,7 +81,7 @@ def select(
     n = coupling.n_classes
     groups = [group for group in coupling.groups if group.frozen is None]
     order = effective_scores(cost, scores, groups, preset)
-    channels, ends, owner = _removal_order(groups, order, preset, limits)
+    channels, ends, owner = _removal_order(coupling.bundles, order, preset, limits)
 
     def kept(n_units: int) -> np.ndarray:
         keep = np.ones(n, bool)
@@ -109,9 +109,8 @@ def select(
 def lowest(coupling: Coupling, cost: Cost, preset: Preset, limits: Limits) -> dict[str, float]:
     """Cost of every kind with everything removed that may be."""
     keep = np.ones(coupling.n_classes, bool)
-    for group in coupling.groups:
-        if group.frozen is None:
-            keep[group.classes[: _cuts(group.size, preset, limits)[-1]]] = False
+    for bundle in coupling.bundles:
+        keep[bundle.units(np.zeros(coupling.n_classes))[: _cuts(bundle, preset, limits)[-1]]] = False
     counts = cost.counts(keep)
     return {kind: cost.total(kind, counts) for kind in KINDS}
 
@@ -148,8 +147,10 @@ def _mac_per_weight(cost: Cost, groups: list[Group]) -> np.ndarray:
     full = cost.counts(np.ones(cost.coupling.n_classes, bool))
     slopes = [cost.terms[kind].slope(full) for kind in ("mac", "weights")]
     saved, removed = np.ones(len(groups)), np.ones(len(groups))
+    alone = {b.groups[0].id: b.cells for b in cost.coupling.bundles if len(b.groups) == 1}
     for index, group in enumerate(groups):
-        atoms, times = cost.increment(group.classes[0])
+        # One channel of every cell: a tensor in rows becomes smaller only where each row does.
+        atoms, times = cost.increment(np.array([cell[0] for cell in alone.get(group.id, [group.classes])]))
         mac, weights = (float(times @ slope[atoms]) for slope in slopes)
         if mac > 0 and weights > 0:
             saved[index], removed[index] = mac / cost.total("mac", full), weights / cost.total("weights", full)
@@ -163,19 +164,18 @@ def _log_deviation(scores: np.ndarray) -> np.ndarray:
 
 
 def _removal_order(
-    groups: list[Group], order: np.ndarray, preset: Preset, limits: Limits
+    bundles: Sequence[Bundle], order: np.ndarray, preset: Preset, limits: Limits
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Units in the order in which they go: their channels end to end, where each unit ends, and its group."""
     runs, scores, sizes, owner = [], [], [], []
-    for number, group in enumerate(groups):
-        ascending = group.classes[np.argsort(order[group.classes], kind="stable")]
-        cuts = np.array(_cuts(group.size, preset, limits))
+    for number, bundle in enumerate(bundles):
+        units = bundle.units(order)
+        cuts = np.array(_cuts(bundle, preset, limits))
         if len(cuts) > 1:
-            means = np.add.reduceat(order[ascending], cuts[:-1])
-            means[-1] -= order[ascending[cuts[-1] :]].sum()
+            means = np.add.reduceat(order[units[: cuts[-1]]].mean(1), cuts[:-1])
             scores.append(np.maximum.accumulate(means / np.diff(cuts)))
-            runs.append(ascending[: cuts[-1]])
-            sizes.append(np.diff(cuts))
+            runs.append(units[: cuts[-1]].ravel())
+            sizes.append(np.diff(cuts) * bundle.unit)
             owner.append(np.full(len(cuts) - 1, number))
     if not runs:
         return np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64)
@@ -187,11 +187,12 @@ def _removal_order(
     return channels, np.concatenate([[0], np.cumsum(flat_sizes[turn])]), flat_owner[turn]
 
 
-def _cuts(size: int, preset: Preset, limits: Limits) -> list[int]:
-    """Numbers of channels that may be removed from a group, ascending from zero."""
+def _cuts(bundle: Bundle, preset: Preset, limits: Limits) -> list[int]:
+    """Numbers of units that may be removed from a bundle, ascending from zero."""
+    size = bundle.size
     least = max(1, limits.min_channels, ceil(preset.floor * size), ceil((1 - limits.max_prune) * size - 1e-9))
-    kept = range(size - 1, least - 1, -1)
-    return [0, *(size - left for left in kept if left % limits.align == 0)]
+    left = ((number, size - number * bundle.unit) for number in range(1, bundle.removable + 1))
+    return [0, *(number for number, kept in left if kept >= least and kept % limits.align == 0)]
 
 
 def _restore(

@@ -15,7 +15,7 @@ import onnxruntime
 from onnx import ModelProto, helper, numpy_helper
 
 from onnxprune import onnx_io
-from onnxprune.coupling import Coupling
+from onnxprune.coupling import Bundle, Coupling
 from onnxprune.passes.apply import apply
 from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
@@ -49,7 +49,7 @@ class Case:
         Per constant axis that may shrink (``tensor/axis``) a number per index: equal numbers live or die together, -1 is
         frozen. Every axis that is not listed must be frozen altogether.
     groups
-        Sizes of the prunable groups, ascending.
+        Per prunable group (or bundle of groups) how many units can be removed: channels, or one of every row.
     frozen
         Per frozen axis the (node, operator, part of the text) of its reason.
     redefined
@@ -89,11 +89,14 @@ def couple_proto(model: ModelProto) -> Coupling:
 
 
 def constant_axes(coupling: Coupling) -> dict[str, np.ndarray]:
-    """Class of every index of every labelled constant axis, by ``tensor/axis`` (shared vectors: ``tensor@reader/axis``)."""
+    """Class of every index of every labelled constant axis, by ``tensor/axis`` (shared vectors: ``tensor@reader/axis``).
+
+    An axis whose blocks have channels of their own (weights of a grouped convolution) lists them block by block.
+    """
     constants = coupling.ledger.constants
     names = [name for name, _ in constants]
     return {
-        f"{name}@{key}/{axis}" if names.count(name) > 1 else f"{name}/{axis}": coupling.classes[atom.labels]
+        f"{name}@{key}/{axis}" if names.count(name) > 1 else f"{name}/{axis}": coupling.classes[atom.labels].ravel()
         for (name, key), axes in constants.items()
         for axis, atom in axes.items()
     }
@@ -118,7 +121,7 @@ def assert_coupling(case: Case) -> None:
     actual = canonical([label for name in expected for label in labels[name]])
     wanted = canonical([label for numbers in expected.values() for label in numbers])
     assert cut(actual, expected) == cut(wanted, expected)
-    assert sorted(g.size for g in coupling.groups if g.frozen is None) == sorted(case.groups)
+    assert sorted(bundle.n_units for bundle in coupling.bundles) == sorted(case.groups)
     for name, (node, op, text) in case.frozen.items():
         reasons = {coupling.reasons[coupling.reason[c]] for c in axes[name] if coupling.frozen[c]}
         assert reasons, f"{name} should be frozen"
@@ -132,19 +135,39 @@ def cut(flat: Sequence[int], parts: Mapping[str, Sequence[int]]) -> dict[str, li
     return {name: [next(rest) for _ in part] for name, part in parts.items()}
 
 
+def spare_units(bundle: Bundle, order: np.ndarray) -> np.ndarray:
+    """Units of a bundle in ``order``, as many as leave a channel to each of its groups."""
+    units = bundle.units(order)
+    while any(np.isin(group.classes, units).all() for group in bundle.groups):
+        units = units[:-1]
+    return units
+
+
 def random_keep(coupling: Coupling, rng: np.random.Generator, share: float = 0.5, spare: float = 0.0) -> np.ndarray:
-    """Remove about ``share`` of every prunable group, at least one channel and never the last; ``spare`` some groups."""
+    """Remove about ``share`` of every prunable group, at least one unit and never the last; ``spare`` some groups."""
     keep = np.ones(coupling.n_classes, bool)
-    for group in coupling.groups:
-        if group.frozen is None and group.size > 1 and rng.random() >= spare:
-            gone = int(np.clip(rng.binomial(group.size, share), 1, group.size - 1))
-            keep[rng.choice(group.classes, gone, replace=False)] = False
+    for bundle in coupling.bundles:
+        units = spare_units(bundle, rng.random(coupling.n_classes))
+        if len(units) and rng.random() >= spare:
+            keep[units[: int(np.clip(rng.binomial(len(units) + 1, share), 1, len(units)))]] = False
     return keep
 
 
-def one_left(coupling: Coupling, rng: np.random.Generator) -> np.ndarray:
-    """Keep a single channel of every prunable group."""
-    return random_keep(coupling, rng, share=1.0)
+def any_keep(coupling: Coupling, rng: np.random.Generator) -> np.ndarray:
+    """Remove any number of units of every bundle, from none to all but the last."""
+    keep = np.ones(coupling.n_classes, bool)
+    for bundle in coupling.bundles:
+        units = spare_units(bundle, rng.random(coupling.n_classes))
+        keep[units[: rng.integers(0, len(units) + 1)]] = False
+    return keep
+
+
+def one_left(coupling: Coupling, rng: np.random.Generator, only: Bundle | None = None) -> np.ndarray:
+    """Keep a single unit of every bundle, or of one of them."""
+    keep = np.ones(coupling.n_classes, bool)
+    for bundle in coupling.bundles if only is None else (only,):
+        keep[spare_units(bundle, rng.random(coupling.n_classes))] = False
+    return keep
 
 
 def prune_to(model: ModelProto, coupling: Coupling, keep: np.ndarray) -> Pruned:
@@ -246,9 +269,23 @@ def _root(name: str, makers: Mapping, values: Mapping) -> tuple[str | None, tupl
 def _zeroed(array: np.ndarray, axis: int, kept: Sequence[int] | None) -> np.ndarray:
     if kept is None:
         return array
+    if isinstance(kept[0], list):  # blocks of axis 0 keep indices of their own
+        blocks = zip(np.split(array, len(kept)), kept, strict=True)
+        return np.concatenate([_zeroed(block, axis, row) for block, row in blocks])
     mask = np.zeros(array.shape[axis], array.dtype)
     mask[list(kept)] = 1
     return np.ascontiguousarray(array * mask.reshape([-1 if a == axis else 1 for a in range(array.ndim)]))
+
+
+def sliced(array: np.ndarray, slices: Mapping) -> np.ndarray:
+    """Slice a tensor as a plan's JSON says, in numpy alone; lists in a list are one for each block of axis 0."""
+    for axis, kept in sorted(slices.items(), key=lambda item: -int(item[0])):
+        if isinstance(kept[0], list):
+            blocks = np.split(array, len(kept))
+            array = np.concatenate([block.take(row, int(axis)) for block, row in zip(blocks, kept, strict=True)])
+        else:
+            array = array.take(kept, int(axis))
+    return array
 
 
 def assert_close(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float = TOLERANCE) -> None:
@@ -311,6 +348,8 @@ def assert_case_prunes(case: Case, *, thorough: bool = True) -> None:
     keeps = [random_keep(coupling, rng)]
     if thorough:
         keeps += [random_keep(coupling, rng, spare=0.5), one_left(coupling, rng)]
+        alone = coupling.bundles if len(coupling.bundles) > 1 and not case.redefined else ()
+        keeps += [one_left(coupling, rng, bundle) for bundle in alone]
     for keep in keeps:
         if not keep.all():
             assert_prunes(model, coupling, keep, redefined=case.redefined, zero=case.zero)

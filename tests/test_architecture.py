@@ -16,7 +16,7 @@ LAYERS = (
     {"model"},
     {"labels"},
     {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos"},
-    {"onnx_io", "reader", "report", "arrays", "data", "passes"},
+    {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes"},
     {"pipeline", "options", "quality", "budget"},
     {"cli", "parameters"},
 )

@@ -205,6 +205,8 @@ SCHEMA: dict[str, Any] = {
     "groups": [
         {
             "id": str,
+            "name": str,
+            "mac": int,
             "size": int,
             "kept": int,
             "members": [{"tensor": str, "axis": int}],
@@ -226,7 +228,7 @@ SCHEMA: dict[str, Any] = {
             "weights_after": int,
         }
     ],
-    "frozen": [{"node": str, "op": str, "tensor": str, "reason": str, "mac": NUMBER}],
+    "frozen": [{"node": str, "op": str, "tensor": str, "reason": str, "mac": NUMBER, "kind": str, "layers": [str]}],
     "proof": {
         "ok": bool,
         "labels": bool,

@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import architectures
 import onnxprune
+import oracle
 from onnxprune import onnx_io, runtime
 from onnxprune.cost import KINDS, Cost
 from onnxprune.coupling import Coupling
@@ -154,24 +155,12 @@ def coupled(name: str) -> tuple[ModelProto, Coupling]:
     return model, couple(onnx_io.read(model))
 
 
-def random_keep(coupling: Coupling, seed: int) -> np.ndarray:
-    """Keep a random non-empty subset of every group that is not frozen."""
-    rng = np.random.default_rng(seed)
-    keep = np.ones(coupling.n_classes, bool)
-    for group in coupling.groups:
-        if group.frozen is None:
-            n_kept = int(rng.integers(1, group.size + 1))
-            keep[group.classes] = False
-            keep[rng.choice(group.classes, n_kept, replace=False)] = True
-    return keep
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_cost_of_a_plan_is_that_of_the_pruned_model(name: str, seed: int) -> None:
-    """Any non-empty subset of every group gives a valid graph, whose cost was predicted to the last MAC."""
+    """Any number of units of every bundle gives a valid graph, whose cost was predicted to the last MAC."""
     model, coupling = coupled(name)
-    keep = random_keep(coupling, seed)
+    keep = oracle.any_keep(coupling, np.random.default_rng(seed))
     cost = Cost(coupling).of(keep)
     pruned = apply(model, coupling, make_plan(coupling, keep), keep)
     onnx.checker.check_model(pruned, full_check=True)
@@ -183,17 +172,16 @@ def test_cost_of_a_plan_is_that_of_the_pruned_model(name: str, seed: int) -> Non
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_removing_a_channel_never_costs(name: str) -> None:
-    """No kind of cost rises when a channel goes, and MAC or weights fall."""
+    """No kind of cost rises when a channel goes (one of every row), and MAC or weights fall."""
     _, coupling = coupled(name)
     cost, rng = Cost(coupling), np.random.default_rng(4)
     before = {kind: cost.total(kind, cost.counts(np.ones(coupling.n_classes, bool))) for kind in KINDS}
-    for group in coupling.groups:
-        if group.frozen is None:
-            keep = np.ones(coupling.n_classes, bool)
-            keep[rng.choice(group.classes)] = False
-            after = {kind: cost.total(kind, cost.counts(keep)) for kind in KINDS}
-            assert all(after[kind] <= before[kind] for kind in KINDS)
-            assert after["mac"] < before["mac"] or after["weights"] < before["weights"]
+    for bundle in coupling.bundles:
+        keep = np.ones(coupling.n_classes, bool)
+        keep[bundle.units(rng.random(coupling.n_classes))[0]] = False
+        after = {kind: cost.total(kind, cost.counts(keep)) for kind in KINDS}
+        assert all(after[kind] <= before[kind] for kind in KINDS)
+        assert after["mac"] < before["mac"] or after["weights"] < before["weights"]
 
 
 @pytest.mark.parametrize("name", ["edsr", "resnext", "squeeze_excite_gemm", "c2f_detector", "layer_norm_mlp"])
@@ -208,7 +196,7 @@ def test_layers_sum_up(name: str) -> None:
 def test_increment_says_what_a_channel_adds() -> None:
     """Counts change by ``increment`` when one channel is put back."""
     _, coupling = coupled("c2f_detector")
-    cost, keep = Cost(coupling), random_keep(coupling, 5)
+    cost, keep = Cost(coupling), oracle.any_keep(coupling, np.random.default_rng(5))
     for channel in np.flatnonzero(~keep)[::7]:
         atoms, times = cost.increment(channel)
         expected = cost.counts(keep)

@@ -13,7 +13,11 @@ from onnx import ModelProto, numpy_helper
 
 import architectures
 import onnxprune
-from onnxprune import Plan
+import oracle
+from graphs import sandwich
+from onnxprune import Plan, onnx_io
+from onnxprune.passes.couple import couple
+from onnxprune.plan import keep_of_groups
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -72,6 +76,9 @@ def test_json_has_the_documented_form() -> None:
         pytest.param('{"schema": 1, "initializers": {"w": {"0": 3}}}', id="kept_no_list"),
         pytest.param('{"schema": 1, "initializers": {"w": {"0": ["a"]}}}', id="kept_no_numbers"),
         pytest.param('{"schema": 1, "initializers": {"w": {"0": [null]}}}', id="kept_null"),
+        pytest.param('{"schema": 1, "initializers": {"w": {"1": [[[0, 1]]]}}}', id="kept_three_deep"),
+        pytest.param('{"schema": 1, "initializers": {"w": {"1": [0, [1]]}}}', id="kept_list_behind_number"),
+        pytest.param('{"schema": 1, "initializers": {"w": {"1": [[1], 0]}}}', id="kept_number_behind_list"),
         pytest.param('{"schema": 1, "initializers": {}, "groups": [{"size": 3}]}', id="group_without_id"),
         pytest.param('{"schema": 1, "initializers": {}, "groups": 5}', id="groups_number"),
         pytest.param('{"schema": 1, "initializers": {}, "model": 5}', id="model_number"),
@@ -120,6 +127,98 @@ def test_plan_that_does_not_fit_is_refused(change: Callable[[dict[str, Any]], ob
     assert caught.value.exit_code in (3, 5)
 
 
+# -- groups of a convolution: each keeps channels of its own -------------------------------------------------------------
+
+
+def grouped() -> ModelProto:
+    """A convolution of two groups of four channels between two dense ones."""
+    return sandwich(lambda t, y: t.conv(y, "op", 8, 8, 3, group=2), 8)
+
+
+@pytest.mark.parametrize("build", [grouped, architectures.ALL["resnext"]], ids=["small", "resnext"])
+def test_grouped_convolution_has_a_list_per_group(build: Callable[[], ModelProto]) -> None:
+    """Axis 1 of its weight keeps a list for each block of axis 0, in the JSON, too: equally long, but not the same."""
+    model = build()
+    result = onnxprune.prune(model, target_mac=0.6)
+    text = json.dumps(result.plan.to_json())
+    slices = json.loads(text)["initializers"]
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    nested = {}
+    for node in model.graph.node:
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        kept = slices.get(node.input[1], {}).get("1") if groups > 1 else None
+        if kept is not None:
+            nested[node.input[1]] = kept
+            assert len(kept) == groups
+    assert nested
+    for name, kept in nested.items():
+        assert len({len(row) for row in kept}) == 1
+        assert all(row == sorted(set(row)) and 0 <= row[0] <= row[-1] < constants[name].shape[1] for row in kept)
+    assert any(row != kept[0] for kept in nested.values() for row in kept)
+    again = onnxprune.apply(model, Plan.from_json(text))
+    assert again.report.proof.ok
+    assert again.model.SerializeToString() == result.model.SerializeToString()
+    pruned = {tensor.name: numpy_helper.to_array(tensor) for tensor in result.model.graph.initializer}
+    for name in nested:
+        np.testing.assert_array_equal(oracle.sliced(constants[name], slices[name]), pruned[name])
+
+
+def keeping(first: list, inner: list) -> Callable[[dict[str, Any]], None]:
+    """Keep these channels in front of the grouped convolution, these in its groups, and everything else."""
+
+    def change(slices: dict[str, Any]) -> None:
+        slices.clear()
+        slices.update({"a.w": {"0": first}, "a.b": {"0": first}, "op.w": {"1": inner}})
+
+    return change
+
+
+def test_plan_by_hand_chooses_in_every_group() -> None:
+    """Whichever channels a plan written by hand keeps in each group, as many in both: it is applied and proved."""
+    model = grouped()
+    plan = onnxprune.prune(model, target_mac=0.6).plan
+    for first, inner in (([0, 3, 5, 6], [[0, 3], [1, 2]]), ([0, 1, 4, 5], [[0, 1], [0, 1]]), ([3, 4], [[3], [0]])):
+        result = onnxprune.apply(model, edited(plan, keeping(first, inner)))
+        assert result.report.proof.ok
+        shapes = {tensor.name: list(tensor.dims) for tensor in result.model.graph.initializer}
+        assert (shapes["a.w"][0], shapes["op.w"][1]) == (len(first), len(first) // 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        pytest.param(keeping([0, 1, 2, 4], [[0, 1, 2], [0]]), "unequal numbers", id="other_number_per_group"),
+        pytest.param(keeping([0, 1, 2, 4, 5], [[0, 1, 2], [0, 1]]), "unequal numbers", id="one_more_in_a_group"),
+        pytest.param(keeping([0, 1, 2, 3, 4], [[0, 1, 2, 3], [0]]), "unequal numbers", id="one_group_whole"),
+        pytest.param(keeping([0, 1, 4, 5], [[0, 1]] * 3), "3 rows of op.w axis 1, which has 2", id="too_many_groups"),
+        pytest.param(keeping([0, 1, 4, 5], [[0, 1], []]), "indices of op.w axis 1", id="empty_group"),
+        pytest.param(keeping([0, 1, 4, 5], [[0, 1], [4, 5]]), "indices of op.w axis 1", id="indices_beyond_the_group"),
+        pytest.param(
+            keeping([[0, 1], [0, 1]], [[0, 1], [0, 1]]), "2 rows of a.w axis 0, which has 1", id="rows_of_a_dense"
+        ),
+    ],
+)
+def test_plan_with_unequal_groups_is_refused(change: Callable[[dict[str, Any]], None], text: str) -> None:
+    """Groups that would keep unequal numbers, or lists that are not one per group, are a ModelError that says so."""
+    model = grouped()
+    plan = onnxprune.prune(model, target_mac=0.6).plan
+    with pytest.raises(onnxprune.ModelError, match=text) as caught:
+        onnxprune.apply(model, edited(plan, change))
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+
+
+def test_mask_with_unequal_groups_is_refused() -> None:
+    """The plan's masks per group are checked in the same way, where they are what counts."""
+    model = grouped()
+    plan = onnxprune.prune(model, target_mac=0.6).plan
+    data = json.loads(json.dumps(plan.to_json()))
+    mask = next(group["keep"] for group in data["groups"] if group["size"] == 8 and not all(group["keep"]))
+    mask[mask.index(False)] = True
+    with pytest.raises(onnxprune.ModelError, match="unequal numbers"):
+        keep_of_groups(couple(onnx_io.read(model)), Plan.from_json(json.dumps(data)))
+
+
 def other_weights(model: ModelProto) -> ModelProto:
     """The same network with other weights."""
     sibling = ModelProto()
@@ -163,7 +262,6 @@ def test_initializers_alone_slice_a_checkpoint(name: str) -> None:
     checkpoint = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for tensor in result.model.graph.initializer:
         value = checkpoint[tensor.name if tensor.name in checkpoint else tensor.name.partition("@")[0]]
-        for axis, kept in slices.get(tensor.name, {}).items():
-            value = value.take(kept, int(axis))
+        value = oracle.sliced(value, slices.get(tensor.name, {}))
         if value.dtype == np.float32:
             np.testing.assert_array_equal(value, numpy_helper.to_array(tensor))

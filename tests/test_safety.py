@@ -259,7 +259,7 @@ def _sparse(model: ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        pytest.param(_other_function, "functions differ", id="function"),
+        pytest.param(_other_function, "nodes differ", id="function"),
         pytest.param(_nan, "b.w holds NaN or infinity", id="nan"),
         pytest.param(_sparse, "sparse initializers differ", id="sparse"),
     ],

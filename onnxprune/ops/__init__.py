@@ -106,6 +106,7 @@ def couple(node: Node, ledger: Ledger) -> None:
     except Refusal as refusal:
         ledger.refusals[node.key] = str(refusal)
         _freeze_around(node, ledger, str(refusal))
+    ledger.settle()
 
 
 def rewrite(node: Node, change: Change) -> list[Edit]:
@@ -140,4 +141,19 @@ def channels_only(node: Node, ledger: Ledger, axes: tuple[Axis, ...], text: str)
         ledger.freeze(axes, text, node.inputs[0])
 
 
-from onnxprune.ops import elementwise, linear, movement, norm, pool, reduce, regions  # noqa: E402, F401  (they register)
+from onnxprune.ops import (  # noqa: E402  (they register)
+    attention,  # noqa: F401
+    einsum,  # noqa: F401
+    elementwise,  # noqa: F401
+    fused,  # noqa: F401
+    indexing,  # noqa: F401
+    linear,  # noqa: F401
+    movement,  # noqa: F401
+    norm,  # noqa: F401
+    pool,  # noqa: F401
+    quantize,  # noqa: F401
+    recurrent,  # noqa: F401
+    reduce,  # noqa: F401
+    regions,  # noqa: F401
+    sampling,  # noqa: F401
+)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from onnxprune.labels import Axis, Joint, Ledger, Refusal
+from onnxprune.labels import Axis, Ledger, Refusal
 from onnxprune.model import Node
 from onnxprune.ops import couples
 
 UNARY = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh Elu Erf Exp "
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitCast BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh Elu Erf Exp "
     "Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu "
     "Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
 ).split()
@@ -37,10 +37,9 @@ def broadcast(node: Node, ledger: Ledger) -> None:
     rank = max(len(operand.axes) for operand in operands)
     if node.op == "PRelu" and len(operands[0].axes) < rank:
         raise Refusal("a PRelu slope of higher rank than its input")
-    joints: list[Joint] = [joint for operand in operands for joint in operand.joints]
     axes: list[Axis] = [()] * rank
     for operand in operands:
         offset = rank - len(operand.axes)
         for position, axis in enumerate(operand.axes, offset):
-            axes[position] = ledger.unify(axes[position], axis, joints)
-    ledger.output(node, axes, joints=joints)
+            axes[position] = ledger.unify(axes[position], axis)
+    ledger.output(node, axes)

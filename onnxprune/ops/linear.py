@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
-from onnxprune.labels import Axis, Joint, Layout, Ledger, Refusal, fixed
+from onnxprune.labels import Axis, Ledger, Refusal, fixed, is_fixed
 from onnxprune.model import Node
 from onnxprune.ops import Change, Edit, channels_only, couples, rewrites
 
@@ -12,51 +13,62 @@ from onnxprune.ops import Change, Edit, channels_only, couples, rewrites
 @couples("Conv")
 def conv(node: Node, ledger: Ledger) -> None:
     """Input channels end in the weight's axis 1, output channels start on its axis 0; depthwise channels pass."""
-    x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0, 1))
+    convolve(node, ledger, 1)
+
+
+def convolve(node: Node, ledger: Ledger, channel: int) -> None:
+    """Convolve a tensor whose axis ``channel`` holds the channels."""
+    x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0,))
     groups = node.attributes.get("group", 1)
     shape, kernel = ledger.shape(node.outputs[0]), ledger.shape(node.inputs[1])
-    channels_only(node, ledger, (*x.axes[2:], *w.axes[2:]), "a convolution slides over it")
-    joints = [*x.joints, *w.joints]
+    pixels = [axis for axis in range(1, len(shape)) if axis != channel]
+    channels_only(node, ledger, (*(x.axes[p] for p in pixels), *w.axes[2:]), "a convolution slides over it")
     out = w.axes[0]
     if groups == 1:
-        ledger.unify(x.axes[1], w.axes[1], joints)
+        inner = ledger.input(node, 1, axes=(1,)).axes[1]
+        ledger.unify(x.axes[channel], inner)
     else:
-        rows_in, columns_in = _rows(ledger, x.axes[1], groups, joints)
-        rows_out, columns_out = _rows(ledger, out, groups, joints)
-        ledger.unify(rows_in, rows_out, joints)
-        ledger.unify(columns_in, w.axes[1], joints)
+        rows_in, columns_in = ledger.grid(x.axes[channel], groups)
+        rows_out, columns_out = ledger.grid(out, groups)
+        if ledger.decisions is not None and columns_in and is_fixed(rows_in) and not is_fixed(rows_out):
+            ledger.freeze([rows_out], "another factor of the same axis shrinks instead")  # one output per group
+            rows_out = fixed(groups)
+        ledger.unify(rows_in, rows_out)
+        inner = ledger.per_row(node, 1, 1, rows_out)
+        ledger.unify(columns_in, inner)
         if not columns_in:  # depthwise: a channel's whole depth multiplier goes with it
             ledger.freeze([columns_out], "the depth multiplier is one number for all channels")
     if groups == 1 or kernel[1] > 1:
-        ledger.contract(node, 0, 1)
+        ledger.contract(node, 0, channel)
         ledger.contract(node, 1, 1)
-    out = _bias(node, ledger, out, joints)
-    ledger.work(node, (out, w.axes[1]), shape[0] * prod(shape[2:]) * prod(kernel[2:]), weight=1)
-    ledger.output(node, (x.axes[0], out, *map(fixed, shape[2:])), joints=joints)
+    out = _bias(node, ledger, out)
+    ledger.work(node, (out, inner), shape[0] * prod(shape[p] for p in pixels) * prod(kernel[2:]), weight=1)
+    axes = [fixed(size) for size in shape]
+    axes[0], axes[channel] = x.axes[0], out
+    ledger.output(node, axes)
 
 
 @couples("ConvTranspose")
 def conv_transpose(node: Node, ledger: Ledger) -> None:
     """Input channels end in the weight's axis 0; output channels start on its axis 1, once per group."""
-    x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0, 1))
+    x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0,))
     groups = node.attributes.get("group", 1)
     source, shape, kernel = ledger.shape(node.inputs[0]), ledger.shape(node.outputs[0]), ledger.shape(node.inputs[1])
     channels_only(node, ledger, (*x.axes[2:], *w.axes[2:]), "a convolution slides over it")
-    joints = [*x.joints, *w.joints]
-    out = w.axes[1]
-    ended = ledger.unify(x.axes[1], w.axes[0], joints)
+    ledger.unify(x.axes[1], w.axes[0])
+    rows, columns = ledger.grid(w.axes[0], groups)
+    out = each = ledger.per_row(node, 1, 1, rows)
     if groups > 1:
-        rows, columns = _rows(ledger, ended, groups, joints)
         if not columns:
             ledger.freeze([out], "the depth multiplier is one number for all channels")
         out = (*rows, *out)
     if groups == 1 or source[1] > groups:
         ledger.contract(node, 0, 1)
         ledger.contract(node, 1, 0)
-    out = _bias(node, ledger, out, joints)
+    out = _bias(node, ledger, out)
     factor = source[0] * prod(source[2:]) * prod(kernel[2:])
-    ledger.work(node, (w.axes[0], w.axes[1]), factor, weight=1)
-    ledger.output(node, (x.axes[0], out, *map(fixed, shape[2:])), joints=joints)
+    ledger.work(node, (w.axes[0], each), factor, weight=1)
+    ledger.output(node, (x.axes[0], out, *map(fixed, shape[2:])))
 
 
 @rewrites("Conv", "ConvTranspose")
@@ -66,10 +78,10 @@ def convolution_groups(node: Node, change: Change) -> list[Edit]:
     if groups == 1:
         return []
     x, w = node.inputs[:2]
-    if node.op == "Conv":
-        left = change.after(x)[1] // change.after(w)[1]
-    else:
+    if node.op == "ConvTranspose":
         left = change.after(node.outputs[0])[1] // change.after(w)[1]
+    else:
+        left = change.after(x)[-1 if node.op.startswith("Nhwc") else 1] // change.after(w)[1]
     return [Edit("group", left)] if left != groups else []
 
 
@@ -80,56 +92,52 @@ def gemm(node: Node, ledger: Ledger) -> None:
     transposed_a, transposed_b = node.attributes.get("transA", 0), node.attributes.get("transB", 0)
     rows, ended = a.axes[::-1] if transposed_a else a.axes
     inner, columns = b.axes[::-1] if transposed_b else b.axes
-    joints = [*a.joints, *b.joints]
-    ended = ledger.unify(ended, inner, joints)
+    ended = ledger.unify(ended, inner)
     ledger.contract(node, 0, 0 if transposed_a else 1)
     ledger.contract(node, 1, 1 if transposed_b else 0)
     ledger.work(node, (rows, inner, columns), weight=1)
     if node.has(2):
         c = ledger.input(node, 2)
         padded: tuple[Axis, ...] = ((), (), *c.axes)[-2:]
-        joints += c.joints
-        rows, columns = ledger.unify(rows, padded[0], joints), ledger.unify(columns, padded[1], joints)
-    ledger.output(node, (rows, columns), joints=joints)
+        rows, columns = ledger.unify(rows, padded[0]), ledger.unify(columns, padded[1])
+    ledger.output(node, (rows, columns))
 
 
 @couples("MatMul")
 def matmul(node: Node, ledger: Ledger) -> None:
     """numpy.matmul: the shared dimension ends, leading dimensions broadcast, either side may be the weight."""
-    a, b = ledger.input(node, 0), ledger.input(node, 1)
-    if not a.axes or not b.axes:
-        raise Refusal("MatMul of a scalar")
-    joints = [*a.joints, *b.joints]
-    inner_b = b.axes[-2] if len(b.axes) > 1 else b.axes[-1]
-    ledger.unify(a.axes[-1], inner_b, joints)
-    ledger.contract(node, 0, len(a.axes) - 1)
-    ledger.contract(node, 1, max(len(b.axes) - 2, 0))
-    batch = _broadcast(ledger, a.axes[:-2], b.axes[:-2], joints)
-    rows = (a.axes[-2],) if len(a.axes) > 1 else ()
-    columns = (b.axes[-1],) if len(b.axes) > 1 else ()
+    multiply(node, ledger, *(range(len(ledger.shape(name))) for name in node.inputs[:2]))
+
+
+def multiply(node: Node, ledger: Ledger, order_a: Sequence[int], order_b: Sequence[int]) -> None:
+    """Multiply two operands whose axes are first put in these orders."""
+    if not order_a or not order_b:
+        raise Refusal(f"{node.op} of a scalar")
+    a = [ledger.input(node, 0).axes[position] for position in order_a]
+    b = [ledger.input(node, 1).axes[position] for position in order_b]
+    inner = max(len(b) - 2, 0)
+    inner_b = b[inner]
+    ledger.unify(a[-1], inner_b)
+    ledger.contract(node, 0, order_a[-1])
+    ledger.contract(node, 1, order_b[inner])
+    batch = _broadcast(ledger, a[:-2], b[:-2])
+    rows = a[-2:-1]
+    columns = b[-1:] if len(b) > 1 else []
     weight = next((i for i in (1, 0) if _is_weight(ledger, node.inputs[i])), None)
+    if weight is None:
+        ledger.attend(batch, (*rows, inner_b, *columns))
     ledger.work(node, (*batch, *rows, inner_b, *columns), weight=weight)
-    ledger.output(node, (*batch, *rows, *columns), joints=joints)
+    ledger.output(node, (*batch, *rows, *columns))
 
 
-def _rows(ledger: Ledger, axis: Axis, groups: int, joints: list[Joint]) -> tuple[Axis, Axis]:
-    """See a channel axis as (groups, channels per group)."""
-    size = prod(atom.size for atom in axis)
-    if size % groups:
-        raise Refusal(f"{size} channels do not divide into {groups} groups")
-    grid = ledger.regroup(Layout((axis,), tuple(joints)), (groups, size // groups))
-    joints[:] = dict.fromkeys([*grid.joints, *joints])
-    return grid.axes[0], grid.axes[1]
+def _bias(node: Node, ledger: Ledger, out: Axis) -> Axis:
+    return ledger.unify(out, ledger.input(node, 2).axes[0]) if node.has(2) else out
 
 
-def _bias(node: Node, ledger: Ledger, out: Axis, joints: list[Joint]) -> Axis:
-    return ledger.unify(out, ledger.input(node, 2).axes[0], joints) if node.has(2) else out
-
-
-def _broadcast(ledger: Ledger, a: tuple[Axis, ...], b: tuple[Axis, ...], joints: list[Joint]) -> list[Axis]:
+def _broadcast(ledger: Ledger, a: list[Axis], b: list[Axis]) -> list[Axis]:
     rank = max(len(a), len(b))
-    pad = [((),) * (rank - len(side)) + side for side in (a, b)]
-    return [ledger.unify(x, y, joints) for x, y in zip(*pad, strict=True)]
+    pad = [[()] * (rank - len(side)) + side for side in (a, b)]
+    return [ledger.unify(x, y) for x, y in zip(*pad, strict=True)]
 
 
 def _is_weight(ledger: Ledger, name: str) -> bool:

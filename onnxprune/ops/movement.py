@@ -16,7 +16,7 @@ def transpose(node: Node, ledger: Ledger) -> None:
     """Axes permute."""
     x = ledger.input(node, 0)
     order = node.attributes.get("perm") or range(len(x.axes))[::-1]
-    ledger.output(node, [x.axes[position] for position in order], joints=x.joints)
+    ledger.output(node, [x.axes[position] for position in order])
 
 
 @couples("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -85,7 +85,7 @@ def repeat(node: Node, ledger: Ledger) -> None:
             axes.append((ledger.atom(size),))
         else:
             axes.append(ledger.take(axis, np.tile(np.arange(length(axis)), size // length(axis))))
-    ledger.output(node, axes, joints=x.joints)
+    ledger.output(node, axes)
 
 
 @rewrites("Expand")
@@ -161,9 +161,9 @@ def _rearrange(node: Node, ledger: Ledger, grid: Shape, blocks: tuple[int, int],
     x, shape = ledger.input(node, 0), ledger.shape(node.outputs[0])
     fine = ledger.regroup(x, grid)
     ledger.freeze([*x.axes[2:], *(fine.axes[block] for block in blocks)], "it becomes pixels", node.inputs[0])
-    permuted = ledger.arrange([fine.axes[position] for position in order], fine.joints)
+    permuted = ledger.arrange([fine.axes[position] for position in order])
     channel = ledger.regroup(permuted, shape).axes[1]
-    ledger.output(node, (x.axes[0], channel, *map(fixed, shape[2:])), joints=permuted.joints)
+    ledger.output(node, (x.axes[0], channel, *map(fixed, shape[2:])))
 
 
 @couples("EyeLike")

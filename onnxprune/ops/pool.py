@@ -16,7 +16,7 @@ def pool(node: Node, ledger: Ledger) -> None:
     channels_only(node, ledger, x.axes[2:], "pooling slides over it")
     if len(node.outputs) > 1 and node.outputs[1]:
         ledger.freeze(x.axes[:2], "MaxPool returns flat indices through the channels", node.inputs[0])
-    ledger.output(node, (*x.axes[:2], *map(fixed, ledger.shape(node.outputs[0])[2:])), joints=x.joints)
+    ledger.output(node, (*x.axes[:2], *map(fixed, ledger.shape(node.outputs[0])[2:])))
 
 
 @couples("Resize", "Upsample")
@@ -34,7 +34,7 @@ def resize(node: Node, ledger: Ledger) -> None:
         if not is_fixed(axis):
             ledger.freeze([axis], "it is resampled", node.inputs[0])
         axes.append(fixed(size))
-    ledger.output(node, axes, joints=x.joints)
+    ledger.output(node, axes)
 
 
 @rewrites("Resize")

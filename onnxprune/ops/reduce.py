@@ -39,7 +39,7 @@ def top_k(node: Node, ledger: Ledger) -> None:
     shape = ledger.shape(node.outputs[0])
     axes = [*x.axes[:axis], fixed(shape[axis]), *x.axes[axis + 1 :]]
     for index in range(len(node.outputs)):
-        ledger.output(node, axes, index, joints=x.joints)
+        ledger.output(node, axes, index)
 
 
 def _axes(node: Node, ledger: Ledger, rank: int) -> set[int]:
@@ -63,4 +63,4 @@ def _drop(node: Node, ledger: Ledger, reduced: set[int]) -> None:
             axes.append(axis)
         elif keep:
             axes.append(())
-    ledger.output(node, axes, joints=x.joints)
+    ledger.output(node, axes)

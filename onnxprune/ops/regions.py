@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxprune.labels import Axis, Joint, Layout, Ledger, Refusal, fixed, is_fixed, length
+from onnxprune.labels import Axis, Layout, Ledger, Refusal, fixed, is_fixed, length
 from onnxprune.model import Node
 from onnxprune.ops import Change, Edit, couples, rewrites
 
@@ -13,15 +13,17 @@ from onnxprune.ops import Change, Edit, couples, rewrites
 def concat(node: Node, ledger: Ledger) -> None:
     """Output channel k is channel k - offset of the input it came from."""
     parts = [ledger.input(node, index) for index in range(len(node.inputs))]
-    joints: list[Joint] = [joint for part in parts for joint in part.joints]
     position = node.attributes["axis"] % len(parts[0].axes)
+    if position == 0 and all(is_fixed(part.axes[0]) for part in parts):
+        ledger.output(node, ledger.stack(parts))
+        return
     axes = list(parts[0].axes)
     for part in parts[1:]:
         for other, axis in enumerate(part.axes):
             if other != position:
-                axes[other] = ledger.unify(axes[other], axis, joints)
+                axes[other] = ledger.unify(axes[other], axis)
     axes[position] = ledger.concat([part.axes[position] for part in parts])
-    ledger.output(node, axes, joints=joints)
+    ledger.output(node, axes)
 
 
 @couples("Split")
@@ -36,7 +38,7 @@ def split(node: Node, ledger: Ledger) -> None:
             raise Refusal("a Split with an unused output")
         size = ledger.shape(name)[position]
         run = ledger.take(flat, np.arange(begin, begin + size))
-        ledger.output(node, (*x.axes[:position], run, *x.axes[position + 1 :]), index, joints=x.joints)
+        ledger.output(node, (*x.axes[:position], run, *x.axes[position + 1 :]), index)
         begin += size
 
 
@@ -64,16 +66,16 @@ def split_sizes(node: Node, change: Change) -> list[Edit]:
 def slice_axes(node: Node, ledger: Ledger) -> None:
     """The picked indices' labels, in picked order; a stride over channels keeps the rhythm of what it skips."""
     x = ledger.input(node, 0)
-    axes, joints = list(x.axes), list(x.joints)
+    axes = list(x.axes)
     for position, (start, end, step) in _slices(node, ledger.model.value, len(axes)).items():
         axis = axes[position]
         size = length(axis)
         picked = np.arange(size)[slice(start, _stop(end, step), step)]
         if step not in (1, -1) and not is_fixed(axis):
-            axes[position] = _strided(node, ledger, axis, picked, step, joints)
+            axes[position] = _strided(node, ledger, axis, picked, step)
         else:
             axes[position] = ledger.take(axis, picked)
-    ledger.output(node, axes, joints=joints)
+    ledger.output(node, axes)
 
 
 @rewrites("Slice")
@@ -120,16 +122,20 @@ def gather(node: Node, ledger: Ledger) -> None:
     picked: tuple[Axis, ...]
     if indices is None:
         ledger.freeze([axis], "it is indexed by computed values", node.inputs[0])
-        picked = ledger.layout(node.inputs[1]).axes
+        x, picked = ledger.mix(x, [position]), ledger.layout(node.inputs[1]).axes
     elif indices.ndim == 1:
         picked = (ledger.take(axis, np.where(indices < 0, indices + length(axis), indices)),)
     elif indices.ndim == 0:
         ledger.take(axis, np.atleast_1d(indices) % max(length(axis), 1))
         picked = ()
+    elif _regroups(indices, length(axis)):
+        axes = (*x.axes[:position], ledger.take(axis, indices.ravel() % max(length(axis), 1)), *x.axes[position + 1 :])
+        ledger.output(node, ledger.regroup(Layout(axes), ledger.shape(node.outputs[0])))
+        return
     else:
         ledger.freeze([axis], "it is gathered into several axes", node.inputs[0])
         picked = tuple(fixed(size) for size in indices.shape)
-    ledger.output(node, (*x.axes[:position], *picked, *x.axes[position + 1 :]), joints=x.joints)
+    ledger.output(node, (*x.axes[:position], *picked, *x.axes[position + 1 :]))
 
 
 @rewrites("Gather")
@@ -143,7 +149,13 @@ def gather_indices(node: Node, change: Change) -> list[Edit]:
     size = change.before(node.inputs[0])[position]
     if len(kept) == size:
         return []
-    selected = before[change.kept(node.outputs[0], position)] if before.ndim == 1 else before
+    shape = change.after(node.outputs[0])[position : position + before.ndim]
+    if before.ndim > 1 and _counts(before, size):
+        selected = kept.reshape(shape)
+    else:
+        selected = before
+        for axis in range(before.ndim):
+            selected = selected.take(change.kept(node.outputs[0], position + axis), axis)
     wanted = np.searchsorted(kept, selected % size).astype(now.dtype)
     same = now.shape == wanted.shape and np.array_equal(np.where(now < 0, now + len(kept), now), wanted)
     return [] if same else [Edit(1, wanted)]
@@ -167,7 +179,7 @@ def pad(node: Node, ledger: Ledger) -> None:
         else:
             runs = [(ledger.atom(n),) if n else None for n in (front, back)]
             axes.append(ledger.concat([run for run in (runs[0], axis, runs[1]) if run is not None]))
-    ledger.output(node, axes, joints=x.joints)
+    ledger.output(node, axes)
 
 
 @rewrites("Pad")
@@ -190,6 +202,15 @@ def pad_amounts(node: Node, change: Change) -> list[Edit]:
     axes = _pad_axes(node, change.value, len(source))
     flat = [wanted[axis][0] for axis in axes] + [wanted[axis][1] for axis in axes]
     return [Edit(1, np.array(flat, np.int64))] if node.has(1) else [Edit("pads", flat)]
+
+
+def _regroups(indices: np.ndarray, size: int) -> bool:
+    """Whether a Gather with a matrix of indices is a Reshape, or picks along one axis."""
+    return max(indices.shape) == indices.size or _counts(indices, size)
+
+
+def _counts(indices: np.ndarray, size: int) -> bool:
+    return np.array_equal(indices.ravel() % max(size, 1), np.arange(size))
 
 
 def _flattened(ledger: Ledger, axis: Axis) -> Axis:
@@ -217,14 +238,14 @@ def _slices(node: Node, value, rank: int) -> dict[int, tuple[int, int, int]]:
     return {int(axis) % rank: (int(s), int(e), int(t)) for axis, s, e, t in zip(axes, starts, ends, steps, strict=True)}
 
 
-def _strided(node: Node, ledger: Ledger, axis: Axis, picked: np.ndarray, step: int, joints: list[Joint]) -> Axis:
+def _strided(node: Node, ledger: Ledger, axis: Axis, picked: np.ndarray, step: int) -> Axis:
     size = length(axis)
     if step < 0 or size % step or len(picked) != size // step:
         ledger.freeze([axis], f"a stride of {step} over {size} channels", node.inputs[0])
         return fixed(len(picked))
-    grid = ledger.regroup(Layout((axis,), tuple(joints)), (size // step, step))
-    ledger.freeze([grid.axes[1]], "a stride keeps its rhythm", node.inputs[0])
-    return grid.axes[0]
+    rows, columns = ledger.grid(axis, size // step)
+    ledger.freeze([columns], "a stride keeps its rhythm", node.inputs[0])
+    return rows
 
 
 def _pads(node: Node, value, rank: int) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,12 @@ from onnxprune.coupling import Coupling
 from onnxprune.labels import Axis, length
 from onnxprune.passes.prove import Proof
 from onnxprune.passes.validate import Quality, drop
+from onnxprune.report.names import names
+from onnxprune.report.reasons import FrozenRow, frozen_rows
+
+__all__ = [
+    "FrozenRow", "GroupRow", "Layer", "Report", "Target", "error_json", "frozen_rows", "group_rows", "layers", "proof_json",
+]  # fmt: skip
 
 COST_KINDS = ("mac", "weights", "params", "activations", "bandwidth")
 
@@ -46,25 +52,23 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class GroupRow:
-    """One group: how many channels it has and keeps, where they are, and their scores."""
+    """One group: what it is, how many channels it has and keeps, where they are, and their scores.
+
+    Attributes
+    ----------
+    mac
+        Multiply-accumulates of all layers that the group takes part in, before pruning. Most layers take part in two
+        groups, so the sum over groups exceeds the model's.
+    """
 
     id: str
+    name: str
+    mac: int
     size: int
     kept: int
     members: tuple[tuple[str, int], ...]
     frozen: str | None
     score: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenRow:
-    """Why channels cannot be removed, and the multiply-accumulates of the operators that this concerns."""
-
-    node: str
-    op: str
-    tensor: str
-    reason: str
-    mac: int
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ class Report:
             "groups": [
                 {
                     "id": g.id,
+                    "name": g.name,
+                    "mac": g.mac,
                     "size": g.size,
                     "kept": g.kept,
                     "members": [{"tensor": tensor, "axis": axis} for tensor, axis in g.members],
@@ -163,7 +169,7 @@ def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
     rows = []
     for index, work in enumerate(cost.works):
         node = work.node
-        axis = _channel_axis(coupling, node.op, node.outputs[0])
+        axis = _channel_axis(coupling, node.op, node.key)
         rows.append(
             Layer(
                 node=node.title,
@@ -183,44 +189,24 @@ def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
 
 def _channel_axis(coupling: Coupling, op: str, output: str) -> Axis:
     axes = coupling.axes(output)
-    return axes[1] if op in ("Conv", "ConvTranspose") else (axes[-1] if axes else ())
+    return axes[1] if op in ("Conv", "ConvTranspose", "FusedConv") else (axes[-1] if axes else ())
 
 
-def group_rows(coupling: Coupling, keep: np.ndarray, score: np.ndarray) -> tuple[GroupRow, ...]:
+def group_rows(cost: Cost, keep: np.ndarray, score: np.ndarray) -> tuple[GroupRow, ...]:
     """Describe every group under ``keep``."""
     return tuple(
         GroupRow(
             id=group.id,
+            name=named.name,
+            mac=named.mac,
             size=group.size,
             kept=int(keep[group.classes].sum()),
             members=group.members,
             frozen=group.frozen.text if group.frozen else None,
             score=tuple(round(float(value), 6) for value in score[group.classes]),
         )
-        for group in coupling.groups
+        for group, named in zip(cost.coupling.groups, names(cost), strict=True)
     )
-
-
-def frozen_rows(cost: Cost) -> tuple[FrozenRow, ...]:
-    """List what is frozen and why, costliest first."""
-    coupling = cost.coupling
-    macs = cost.layers.values(cost.counts(np.ones(coupling.n_classes, bool)))
-    touched: dict[int, set[int]] = {}
-    for index, work in enumerate(cost.works):
-        for reason in np.unique(np.concatenate([np.zeros(0, int), *_reasons(coupling, work.axes)])):
-            if reason >= 0:
-                touched.setdefault(int(reason), set()).add(index)
-    rows: dict[tuple[str, str, str, str], int] = {}
-    for reason, works in touched.items():
-        why = coupling.reasons[reason]
-        key = (why.node, why.op, why.tensor, why.text)
-        rows[key] = max(rows.get(key, 0), round(sum(macs[index] for index in works)))
-    listed = [FrozenRow(*key, mac) for key, mac in rows.items()]
-    return tuple(sorted(listed, key=lambda row: -row.mac))
-
-
-def _reasons(coupling: Coupling, axes: Iterable[Axis]) -> Iterable[np.ndarray]:
-    return (coupling.reason[classes] for axis in axes for classes in coupling.atoms(axis))
 
 
 def _quality(before: Quality, after: Quality) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from onnxprune.report import FrozenRow, GroupRow, Layer, Report
@@ -62,7 +63,7 @@ def inspection(console: Console, report: Report, *, verbose: bool = False) -> No
         table.add_row(name, number(report.before[kind]), f"{100 * report.floor[kind]:.1f} %")
     console.print(table)
     layers(console, report.layers, before_only=True, limit=None if verbose else 40)
-    groups(console, report.groups, limit=None if verbose else 40)
+    groups(console, report.groups, limit=None if verbose else 40, members=verbose)
     frozen(console, report.frozen, limit=None if verbose else 12)
     for note in report.notes:
         console.print(f"note     {note}", highlight=False, markup=False, soft_wrap=True)
@@ -74,11 +75,12 @@ def layers(console: Console, rows: Sequence[Layer], *, before_only: bool = False
         table = _table(console, "layer", "op", "channels", "MAC", "weights", align="ll")
         for row in rows[:limit]:
             cells = (str(row.channels_before), number(row.mac_before), number(row.weights_before))
-            table.add_row(row.node, row.op, *cells)
+            _add(table, row.node, row.op, *cells)
     else:
         table = _table(console, "layer", "op", "channels", "MAC", "weights", align="ll")
         for row in rows[:limit]:
-            table.add_row(
+            _add(
+                table,
                 row.node,
                 row.op,
                 f"{row.channels_before} -> {row.channels_after}",
@@ -88,21 +90,31 @@ def layers(console: Console, rows: Sequence[Layer], *, before_only: bool = False
     _show(console, "layers", table, len(rows), limit)
 
 
-def groups(console: Console, rows: Sequence[GroupRow], *, limit: int | None = None) -> None:
-    """Show which channels live or die together."""
-    free = [row for row in rows if row.frozen is None]
-    table = _table(console, "group", "channels", "kept", "tensors", "first member", align="lrrrl")
+def groups(console: Console, rows: Sequence[GroupRow], *, limit: int | None = None, members: bool = False) -> None:
+    """Show which channels live or die together and what they are, those in the costliest layers first.
+
+    Parameters
+    ----------
+    members
+        Also show the tensors and axes that hold the channels.
+    """
+    free = sorted((row for row in rows if row.frozen is None), key=lambda row: -row.mac)
+    table = _table(console, "group", "channels", "MAC", "what they are", align="lrrl")
     for row in free[:limit]:
-        first = f"{row.members[0][0]} axis {row.members[0][1]}" if row.members else ""
-        table.add_row(row.id, str(row.size), str(row.kept), str(len(row.members)), first)
-    _show(console, "groups of channels that are removed together", table, len(free), limit)
+        kept = f"{row.size} -> {row.kept}" if row.kept < row.size else str(row.size)
+        _add(table, row.id, kept, number(row.mac), row.name)
+        for tensor, axis in row.members if members else ():
+            _add(table, "", "", "", f"  {tensor} axis {axis}")
+    title = "groups of channels that are removed together, with the MAC of their layers"
+    _show(console, title, table, len(free), limit)
 
 
 def frozen(console: Console, rows: Sequence[FrozenRow], *, limit: int | None = None) -> None:
     """Show what cannot be removed, why, and what multiply-accumulates it concerns."""
     table = _table(console, "frozen at", "op", "why", "MAC", align="lll")
     for row in rows[:limit]:
-        table.add_row(row.node or row.tensor, row.op, row.reason, number(row.mac))
+        more = f" and {len(row.layers) - 1} more" if len(row.layers) > 1 else ""
+        _add(table, row.node or row.tensor or f"{row.layers[0]}{more}", row.op, row.reason, number(row.mac))
     _show(console, "frozen", table, len(rows), limit)
 
 
@@ -141,6 +153,11 @@ def _table(console: Console, *columns: str, align: str = "l") -> Table:
     for column, side in zip(columns, align.ljust(len(columns), "r"), strict=True):
         table.add_column(column, justify="left" if side == "l" else "right", overflow="fold")
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """Add a row of names as they are: a bracket in one is no markup."""
+    table.add_row(*map(escape, cells))
 
 
 def _show(console: Console, title: str, table: Table, total: int, limit: int | None) -> None:

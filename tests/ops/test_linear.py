@@ -158,14 +158,10 @@ TWO_CONVS = {
 }  # fmt: skip
 DEPTHWISE = INNER | {"op.w/0": range(6), "op.b/0": range(6)}
 MULTIPLIED = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-COLUMNS = [0, 1, 2, 0, 1, 2]
-GROUPED = {
-    "a.w/0": COLUMNS, "a.b/0": COLUMNS, "op.w/1": range(3),
-    "op.w/0": [3, 4, 3, 4], "op.b/0": [3, 4, 3, 4], "z.w/1": [3, 4, 3, 4],
-}  # fmt: skip
+GROUPED = TWO_CONVS  # every group's block of op.w/1 is listed: its channels are its own
 TRANSPOSED_GROUPED = {
-    "a.w/0": COLUMNS, "a.b/0": COLUMNS, "op.w/0": COLUMNS,
-    "op.w/1": [3, 4], "op.b/0": [3, 4, 3, 4], "z.w/1": [3, 4, 3, 4],
+    "a.w/0": range(6), "a.b/0": range(6), "op.w/0": range(6),
+    "op.w/1": range(6, 10), "op.b/0": range(6, 10), "z.w/1": range(6, 10),
 }  # fmt: skip
 GEMM = {"a.w/1": range(6), "a.b/0": range(6), "op.w/0": range(6), "op.w/1": range(6, 11), "z.w/0": range(6, 11)}
 GEMM_T = {"a.w/1": range(6), "a.b/0": range(6), "op.w/1": range(6), "op.w/0": range(6, 11), "z.w/0": range(6, 11)}
@@ -189,10 +185,10 @@ CASES = [
     Case("Conv", "grouped-1d", partial(grouped, 2, 6, 4, (9,)), GROUPED, (2, 3)),
     Case(
         "Conv", "grouped-one-output-each", partial(grouped, 2, 6, 2),
-        {"a.w/0": COLUMNS, "a.b/0": COLUMNS, "op.w/1": range(3)}, (3,),
+        {"a.w/0": range(6), "a.b/0": range(6), "op.w/1": range(6)}, (3,),
     ),
     Case("Conv", "grouped-input", grouped_input,
-         {"op.w/0": [0, 1, 0, 1], "op.b/0": [0, 1, 0, 1], "z.w/1": [0, 1, 0, 1]}, (2,)),
+         {"op.w/0": range(4), "op.b/0": range(4), "z.w/1": range(4)}, (2,)),
     Case("Conv", "weight-behind-transpose", partial(transposed_weight, "Conv"),
          {"a.w/0": range(6), "a.b/0": range(6), "op.w/0": range(6), "op.w/1": range(6, 10), "z.w/1": range(6, 10)}, (4, 6)),
     Case(
@@ -253,8 +249,8 @@ CASES = [
     ),
     Case(
         "MatMul", "attention-two-heads", partial(attention, 2),
-        {"q.w/1": COLUMNS, "q.b/0": COLUMNS, "k.w/1": COLUMNS, "k.b/0": COLUMNS,
-         "v.w/1": [3, 4, 5] * 2, "v.b/0": [3, 4, 5] * 2, "z.w/0": [3, 4, 5] * 2}, (3, 3), zero=("q.w/1", "q.b/0"),
+        {"q.w/1": range(6), "q.b/0": range(6), "k.w/1": range(6), "k.b/0": range(6),
+         "v.w/1": range(6, 12), "v.b/0": range(6, 12), "z.w/0": range(6, 12)}, (3, 3), zero=("q.w/1", "q.b/0"),
     ),
     Case("MatMul", "square", square, {"a.w/1": range(6)}, (6,), zero=("a.w/1",)),
     Case("MatMul", "gram", gram, {"a.w/1": range(6), "z.w/0": range(6)}, (6,), zero=("a.w/1",)),
@@ -283,9 +279,8 @@ def test_group_attribute_counts_surviving_groups(build, left):
     model = build()
     coupling = oracle.couple_proto(model)
     keep = np.ones(coupling.n_classes, bool)
-    for group in coupling.groups:
-        if group.frozen is None:
-            keep[group.classes[: group.size // 2]] = False
+    for bundle in coupling.bundles:
+        keep[bundle.units(np.arange(coupling.n_classes))[: bundle.n_units // 2]] = False
     pruned = oracle.prune_to(model, coupling, keep)
     node = next(node for node in pruned.model.graph.node if node.name == "op")
     assert next(a.i for a in node.attribute if a.name == "group") == left

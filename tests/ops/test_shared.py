@@ -321,14 +321,13 @@ def custom() -> ModelProto:
     """Use an operator of another domain."""
     t = Tiny(domains=("com.microsoft",))
     y = t.conv(t.input(1, 2, 4, 6), "a", 2, 6)
-    return t.build(t.conv(t.node("QuickGelu", y, name="op", domain="com.microsoft"), "z", 6, 3))
+    return t.build(t.conv(t.node("ScaledSiLU", y, name="op", domain="com.microsoft"), "z", 6, 3))
 
 
 def unknown() -> ModelProto:
     """Use a standard operator without a rule."""
     t = Tiny()
-    y = t.linear(t.input(2, 4, 2), "a", 2, 6)
-    return t.build(t.linear(t.node("Einsum", y, name="op", equation="bij->bij"), "z", 6, 3))
+    return t.build(t.node("Det", t.linear(t.input(2, 4, 2), "a", 2, 4), name="op"))
 
 
 def outputs() -> ModelProto:
@@ -356,9 +355,9 @@ REFUSALS = [
     Case("If", "captures-channels", conditional, frozen={"a.w/0": ("op", "If", "no rule for operator If")}),
     Case("If", "captures-vector", partial(conditional, captured_vector=True),
          frozen={"a.w/0": ("meet", "Add", "axis that cannot shrink")}),
-    Case("QuickGelu", "custom-domain", custom,
-         frozen=frozen("op", "QuickGelu", "no rule for operator com.microsoft::QuickGelu")),
-    Case("Einsum", "no-rule", unknown, frozen={"a.w/1": ("op", "Einsum", "no rule for operator Einsum")}),
+    Case("ScaledSiLU", "custom-domain", custom,
+         frozen=frozen("op", "ScaledSiLU", "no rule for operator com.microsoft::ScaledSiLU")),
+    Case("Det", "no-rule", unknown, frozen={"a.w/1": ("op", "Det", "no rule for operator Det")}),
     Case("output", "of-the-graph", outputs, frozen=frozen("a", "output", "it is an output of the graph")),
     Case("output", "loose-end", loose_end, frozen={"a.w/0": ("", "", "no operator consumes these channels")}),
 ]  # fmt: skip

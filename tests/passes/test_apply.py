@@ -12,6 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import architectures
 import onnxprune
+import oracle
 from architectures import variants
 from onnxprune.passes.apply import take
 
@@ -93,9 +94,7 @@ def test_untouched_initializers_are_byte_identical(name: str) -> None:
             assert tensor.SerializeToString() == before[tensor.name].SerializeToString()
         elif slices is not None:
             shrunk += 1
-            expected = numpy_helper.to_array(before[tensor.name])
-            for axis, kept in slices.items():
-                expected = expected.take(kept, axis)
+            expected = oracle.sliced(numpy_helper.to_array(before[tensor.name]), slices)
             np.testing.assert_array_equal(numpy_helper.to_array(tensor), expected)
     assert shrunk > 0
 

@@ -12,6 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 import architectures
 import onnxprune
 from architectures import variants
+from graphs import sandwich
 from onnxprune import onnx_io
 from onnxprune.coupling import Coupling
 from onnxprune.passes.couple import couple
@@ -149,6 +150,30 @@ def test_geometric_median_counts_folded_rows() -> None:
 def test_bn_scale_by_hand(sign: int) -> None:
     """Criterion bn-scale ranks by the absolute scale of the normalization alone (Liu et al. 2017)."""
     np.testing.assert_allclose(scores_of(normed(sign * SCALE), "bn-scale"), over_mean(SCALE), rtol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", BY_HAND)
+def test_groups_of_a_transposed_convolution_have_channels_of_their_own(criterion: str) -> None:
+    """Output channel j of group g is column j of the g-th block of the weight: every one has a score of its own."""
+    model = sandwich(lambda t, y: t.conv(y, "first", 6, 4, 3, group=2, transpose=True), 6, 4)
+    coupling = couple(onnx_io.read(model))
+    weight = next(numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name == "first.w")
+    slices = weight.reshape(2, 3, 2, 3, 3).swapaxes(1, 2).reshape(4, 3, 3, 3)
+    classes = next(m.classes for m in coupling.members if (m.tensor, m.axis) == ("first.w", 1))
+    assert classes.shape == (2, 2)
+    found = score(coupling, criterion).value[classes.ravel()]
+    np.testing.assert_allclose(found, over_mean(BY_HAND[criterion](slices)), rtol=1e-5)
+
+
+def test_groups_of_a_convolution_are_ranked_by_their_producer() -> None:
+    """Input channels of a grouped convolution are scored by the weight in front of it, all rows over one mean."""
+    model = sandwich(lambda t, y: t.conv(y, "last", 6, 4, 3, group=2), 6, 4)
+    coupling = couple(onnx_io.read(model))
+    weight = next(numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name == "a.w")
+    classes = next(m.classes for m in coupling.members if (m.tensor, m.axis) == ("last.w", 1))
+    assert classes.shape == (2, 3)
+    found = score(coupling, "l2").value[classes.ravel()]
+    np.testing.assert_allclose(found, over_mean(BY_HAND["l2"](weight)), rtol=1e-5)
 
 
 def test_bn_scale_falls_back_to_the_norm() -> None:

@@ -13,9 +13,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import architectures
 import onnxprune
+from graphs import Tiny, sandwich
 from onnxprune import onnx_io
 from onnxprune.cost import Cost
-from onnxprune.coupling import Coupling, Group
+from onnxprune.coupling import Bundle, Coupling, Group
 from onnxprune.passes.couple import couple
 from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import KEEP_SHARE, PRESETS, Limits, Selection, effective_scores, lowest, select
@@ -36,6 +37,11 @@ class Case:
     def groups(self) -> list[Group]:
         """Groups that may lose channels."""
         return [group for group in self.coupling.groups if group.frozen is None]
+
+    @property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """Groups, in the units in which their channels go."""
+        return self.coupling.bundles
 
     def full(self, kind: str) -> float:
         """Cost of everything."""
@@ -63,41 +69,55 @@ def case(name: str) -> Case:
     return case_of(architectures.ALL[name]())
 
 
-def permitted(size: int, preset: str, limits: Limits) -> list[int]:
-    """Numbers of channels that a group of ``size`` may keep, ascending, as the options document it."""
+def permitted(size: int, preset: str, limits: Limits, unit: int = 1) -> list[int]:
+    """Numbers of channels that a group of ``size`` may keep, ascending, as the options document it; ``unit`` go at once."""
     least = max(1, limits.min_channels, ceil(PRESETS[preset].floor * size), ceil((1 - limits.max_prune) * size - 1e-9))
-    return [n for n in range(1, size) if n >= least and n % limits.align == 0] + [size]
+    return [n for n in range(size % unit or unit, size, unit) if n >= least and n % limits.align == 0] + [size]
+
+
+def n_kept(bundle: Bundle, keep: np.ndarray) -> int:
+    """Number of channels that a bundle keeps; every cell gives up its share."""
+    gone = [int((~keep[cell]).sum()) for cell in bundle.cells]
+    assert len({n / share for n, share in zip(gone, bundle.shares, strict=True)}) == 1
+    return bundle.size - sum(gone)
+
+
+def removed_units(bundle: Bundle, keep: np.ndarray) -> np.ndarray:
+    """Removed channels in rows that can be put back at once."""
+    pairs = zip(bundle.cells, bundle.shares, strict=True)
+    return np.concatenate([cell[~keep[cell]].reshape(-1, share) for cell, share in pairs], 1)
 
 
 def restorable(own: Case, keep: np.ndarray, budget: Mapping[str, float], preset: str, limits: Limits) -> list[str]:
-    """Groups whose next larger permitted number of channels would still fit: tried one by one, without any search.
+    """Bundles whose next larger permitted number of channels would still fit: tried one by one, without any search.
 
-    With one channel at a time every removed channel is tried; of an aligned block, the first channels.
+    With one unit at a time every removed unit is tried; of an aligned block, the first units.
     """
     found = []
-    for group in own.groups:
-        kept = int(keep[group.classes].sum())
-        larger = [n for n in permitted(group.size, preset, limits) if n > kept]
+    for bundle in own.bundles:
+        kept = n_kept(bundle, keep)
+        larger = [n for n in permitted(bundle.size, preset, limits, bundle.unit) if n > kept]
         if not larger:
             continue
-        removed = group.classes[~keep[group.classes]]
-        n_more = larger[0] - kept
-        for block in removed[:, None] if n_more == 1 else removed[None, :n_more]:
+        removed = removed_units(bundle, keep)
+        n_more = (larger[0] - kept) // bundle.unit
+        for block in removed if n_more == 1 else removed[None, :n_more]:
             more = keep.copy()
             more[block] = True
             if all(own.value(kind, more) <= share * own.full(kind) for kind, share in budget.items()):
-                found.append(f"{group.id} {block}")
+                found.append(f"{[group.id for group in bundle.groups]} {block}")
     return found
 
 
 def assert_exact(own: Case, budget: Mapping[str, float], preset: str, limits: Limits) -> None:
-    """The budget is met, every group keeps a permitted number, and nothing can be put back."""
+    """The budget is met, every bundle keeps a permitted number, and nothing can be put back."""
     keep = own.select(budget, preset, limits).keep
     for kind, share in budget.items():
         assert own.value(kind, keep) <= share * own.full(kind)
     assert keep[own.coupling.frozen].all()
-    for group in own.groups:
-        assert int(keep[group.classes].sum()) in permitted(group.size, preset, limits)
+    assert not own.coupling.unbalanced(keep)
+    for bundle in own.bundles:
+        assert n_kept(bundle, keep) in permitted(bundle.size, preset, limits, bundle.unit)
     assert restorable(own, keep, budget, preset, limits) == []
 
 
@@ -133,6 +153,53 @@ def test_limits_are_obeyed_exactly(name: str, preset: str, limits: Limits) -> No
     own = case(name)
     floor = lowest(own.coupling, own.cost, PRESETS[preset], limits)["mac"] / own.full("mac")
     assert_exact(own, {"mac": floor + 0.5 * (1 - floor)}, preset, limits)
+
+
+def grouped(channels: int = 12) -> ModelProto:
+    """A convolution of two groups between two dense ones."""
+    return sandwich(lambda t, y: t.conv(y, "op", channels, channels, 3, group=2), channels)
+
+
+@pytest.mark.parametrize(
+    ("limits", "least"),
+    [
+        pytest.param(Limits(), 2, id="none"),
+        pytest.param(Limits(align=4), 4, id="align4"),
+        pytest.param(Limits(align=3), 6, id="align3"),
+        pytest.param(Limits(min_channels=5), 6, id="min_channels5"),
+        pytest.param(Limits(max_prune=0.4), 8, id="max_prune0.4"),
+    ],
+)
+def test_limits_count_channels_of_all_rows(limits: Limits, least: int) -> None:
+    """Two groups of six channels lose two at once; limits hold for what both keep together, in every number on the way."""
+    own = case_of(grouped())
+    assert [(bundle.size, bundle.unit, bundle.n_units) for bundle in own.bundles] == [(12, 2, 6)] * 2
+    floor = lowest(own.coupling, own.cost, PRESETS["a"], limits)["mac"] / own.full("mac")
+    keep = own.select({"mac": floor}, "a", limits).keep
+    assert [n_kept(bundle, keep) for bundle in own.bundles] == [least] * 2
+    for share in np.linspace(floor, 1, 7):
+        assert_exact(own, {"mac": share}, "a", limits)
+
+
+def joined() -> ModelProto:
+    """Join tensors of two, six and four channels in front of a convolution of two groups of six."""
+    t = Tiny()
+    x = t.input(1, 2, 4, 6)
+    y = t.node("Concat", *(t.conv(x, name, 2, size) for name, size in (("a", 2), ("b", 6), ("c", 4))), axis=1)
+    return t.build(t.conv(t.conv(y, "op", 12, 4, group=2), "z", 4, 3))
+
+
+def test_groups_that_shrink_together_keep_a_channel_each() -> None:
+    """Where groups of channels share rows, removing the most that may go leaves something of every one of them."""
+    own = case_of(joined())
+    bundle = next(bundle for bundle in own.bundles if len(bundle.groups) == 3)
+    floor = lowest(own.coupling, own.cost, PRESETS["a"], Limits())["mac"] / own.full("mac")
+    result = onnxprune.prune(own.model, target_mac=floor * (1 + 1e-9), preset="a")
+    assert result.report.proof is not None
+    assert result.report.proof.ok
+    kept = {name: sum(keep) for name, _, keep in result.plan.groups}
+    assert all(kept[group.id] >= 1 for group in bundle.groups)
+    assert sum(kept[group.id] for group in bundle.groups) < bundle.size
 
 
 def test_several_budgets_hold_together() -> None:
@@ -176,12 +243,12 @@ def test_absolute_target_counts_in_units() -> None:
 @pytest.mark.parametrize("preset", list(PRESETS))
 @pytest.mark.parametrize("name", NAMES)
 def test_floor_is_reachable_and_nothing_below_it(name: str, preset: str) -> None:
-    """The floor itself is a target that can be met: every group keeps its least number; a hair below it is an error."""
+    """The floor itself is a target that can be met: every bundle keeps its least number; a hair below it is an error."""
     own = case(name)
     floor = lowest(own.coupling, own.cost, PRESETS[preset], Limits())["mac"]
     keep = own.select({"mac": floor / own.full("mac") * (1 + 1e-12)}, preset).keep
-    least = [max(1, ceil(PRESETS[preset].floor * group.size)) for group in own.groups]
-    assert [int(keep[group.classes].sum()) for group in own.groups] == least
+    least = [permitted(bundle.size, preset, Limits(), bundle.unit)[0] for bundle in own.bundles]
+    assert [n_kept(bundle, keep) for bundle in own.bundles] == least
     with pytest.raises(onnxprune.BudgetError):
         own.select({"mac": 0.999 * floor / own.full("mac")}, preset)
 

@@ -46,6 +46,15 @@ def shapes(model: ModelProto) -> dict[str, list[int]]:
     return {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
 
 
+def oracle_run(model: ModelProto, name: str) -> list[np.ndarray]:
+    """Value of a tensor that the graph computes from constants alone."""
+    probe = ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.append(onnx.ValueInfoProto(name=name))
+    return run(probe, {"x": np.zeros((1, 2, 4, 6), np.float32)})
+
+
 def reasons(model: ModelProto, axis: str) -> set[str]:
     """Reasons why an axis (``tensor/axis``) is frozen; "free" for indices that are not."""
     coupling = couple_proto(model)
@@ -158,22 +167,30 @@ def _rows(t: Tiny, y: str, weight: str) -> str:
         pytest.param(cosine, ["W/0"], id="cosine"),
     ],
 )
-def test_statistics_of_weights_freeze_what_they_reduce(middle: Middle, frozen: Sequence[str], target: float) -> None:
-    """An axis that a constant is reduced along stays whole, kernel windows included; the rest prunes and is proved."""
+def test_weights_computed_from_all_channels_are_folded(middle: Middle, frozen: Sequence[str], target: float) -> None:
+    """As the graph has it, an axis that a constant is reduced along must stay whole; the weight itself becomes a constant.
+
+    The weights of the channels that stay are then what they were, to the bit, although others are gone.
+    """
     model = chain(middle)
     assert {axis: reasons(model, axis) for axis in frozen} == {axis: {STATISTIC} for axis in frozen}
     result = assert_pruned(model, target)
-    for axis in frozen:
-        name, _, position = axis.partition("/")
-        assert shapes(result.model)[name][int(position)] == shapes(model)[name][int(position)]
+    assert any("folded into constants" in note for note in result.report.notes)
+    assert {axis.partition("/")[0] for axis in frozen}.isdisjoint(shapes(result.model))
+    (name,) = shapes(result.model).keys() - shapes(model).keys()
+    (before,) = oracle_run(model, name)
+    after = next(numpy_helper.to_array(t) for t in result.model.graph.initializer if t.name == name)
+    for axis, kept in result.plan.initializers.get(name, {}).items():
+        before = before.take(kept, axis)
+    assert np.array_equal(before, after)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_layer_normalisation_of_a_constant(target: float) -> None:
-    """A normalised table of weights keeps the axis it is normalised along, and the model prunes and is proved."""
+    """A normalised table of weights is folded, and the model prunes and is proved."""
     model = chain(normalised_constant)
     assert reasons(model, "w/1") == {STATISTIC}
-    assert shapes(assert_pruned(model, target).model)["w"][1] == 8
+    assert "w" not in shapes(assert_pruned(model, target).model)
 
 
 # -- domains behind a cut ----------------------------------------------------------------------------------------------
@@ -416,8 +433,8 @@ def test_dynamic_batch_runs_at_three(middle: Middle, after: int, preset: str) ->
 # -- what cannot run ---------------------------------------------------------------------------------------------------
 
 
-def test_no_kernel_is_a_model_error() -> None:
-    """A float64 convolution, for which onnxruntime has no kernel, is the model's fault (3), not a failed proof (5)."""
+def test_double_is_proved_in_single_precision() -> None:
+    """A float64 convolution, for which onnxruntime has no kernel, is proved in float32; the file stays float64."""
     rng = np.random.default_rng(0)
     weights = [
         numpy_helper.from_array(rng.standard_normal(shape), name)
@@ -432,6 +449,16 @@ def test_no_kernel_is_a_model_error() -> None:
     graph = helper.make_graph(nodes, "double", [x], [y], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model, full_check=True)
+    result = assert_pruned(model)
+    assert {tensor.data_type for tensor in result.model.graph.initializer} == {TensorProto.DOUBLE}
+
+
+def test_no_kernel_is_a_model_error() -> None:
+    """An operator for which onnxruntime has no kernel here is the model's fault (3), not a failed proof (5)."""
+    model = chain(lambda t, y: t.node("Identity", y))
+    node = next(node for node in model.graph.node if node.op_type == "Identity")
+    node.op_type, node.domain = "NoSuchOperator", "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     with pytest.raises(onnxprune.ModelError, match="onnxruntime cannot") as caught:
         onnxprune.prune(model, target_mac=0.75)
     assert caught.value.exit_code == 3

@@ -1,0 +1,147 @@
+"""What must be rewritten before a graph can be pruned: calls of functions, zero states, and weights that it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import onnx
+from onnx import helper, inliner, numpy_helper
+
+from onnxprune.branches import unique_names
+from onnxprune.ops.elementwise import BROADCAST, UNARY
+from onnxprune.protos import constant_tensor, copy_fields, reads
+from onnxprune.runtime import Session
+from onnxprune.shapes import infer
+from onnxprune.states import without_zero_states
+
+_MOVES = (
+    "Transpose Reshape Flatten Squeeze Unsqueeze Expand Tile Slice Gather Concat Split Pad Constant ConstantOfShape "
+    "QuantizeLinear DequantizeLinear DepthToSpace SpaceToDepth"
+).split()
+_PASSES = frozenset((*UNARY, *BROADCAST, *_MOVES))
+"""Operators through which labels of a weight travel; any other combines its channels with one another."""
+_NEVER = frozenset(
+    "If Loop Scan RandomNormal RandomUniform RandomNormalLike RandomUniformLike Bernoulli Multinomial Dropout".split()
+)
+
+
+def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """Leave out initial states that are zero, and fold weights computed from all channels of others.
+
+    Removing a channel must not change the weights of the others, as it would where a graph standardises its weights: those
+    become constants. Returns the model itself where nothing is to do, and notes that say what was done.
+    """
+    notes = []
+    model = given = unique_names(model)
+    model, n_states = without_zero_states(model)
+    if n_states:
+        notes.append(f"{n_states} initial states of recurrent layers were left out, because they are zero")
+    folded = _computed_weights(model)
+    if folded:
+        model = _fold(model, folded)
+        notes.append(
+            f"{len(folded)} weights that the graph computes (weight standardisation) were folded into constants"
+        )
+    if model is not given and model.ir_version < 4:
+        _list_as_inputs(given.graph, model.graph)
+    return model, tuple(notes)
+
+
+def _list_as_inputs(given: onnx.GraphProto, graph: onnx.GraphProto) -> None:
+    """Before IR version 4 every initializer stands among the inputs: drop those that are gone, list the new ones."""
+    gone = {tensor.name for tensor in given.initializer} - {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in gone]
+    listed = {value.name for value in inputs}
+    inputs += [
+        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in graph.initializer
+        if tensor.name not in listed
+    ]
+    graph.ClearField("input")
+    graph.input.extend(inputs)
+
+
+def inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Put the bodies of local functions in the place of their calls; return the model itself where there is no call."""
+    local = {(function.domain, function.name) for function in model.functions}
+    if not any((node.domain, node.op_type) in local for node in model.graph.node):
+        return model
+    return inliner.inline_local_functions(model)
+
+
+def _computed_weights(model: onnx.ModelProto) -> list[str]:
+    """Tensors that follow from floating-point constants alone, through an operator that combines channels."""
+    held: dict[str, onnx.TensorProto | None] = {tensor.name: tensor for tensor in model.graph.initializer}
+    held.update({node.output[0]: constant_tensor(node) for node in model.graph.node if node.op_type == "Constant"})
+    constants = {name for name, tensor in held.items() if tensor is not None and _has_channels(tensor)}
+    others = held.keys() - constants
+    combined: dict[str, bool] = dict.fromkeys(constants, False)
+    for node in model.graph.node:
+        own, results = [name for name in node.input if name], [name for name in node.output if name]
+        known = own and all(name in combined or name in others for name in own)
+        if not known or node.op_type in _NEVER or node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type in ("Shape", "Size") or combined.keys().isdisjoint(own):
+            others.update(results)
+            continue
+        mixed = node.op_type not in _PASSES or any(combined.get(name, False) for name in own)
+        combined.update(dict.fromkeys(results, mixed))
+    read = {name for node in model.graph.node for name in reads(node)}
+    outside = [output.name for output in model.graph.output]
+    for node in model.graph.node:
+        if not all(name in combined or name in others for name in filter(None, node.output)):
+            outside += reads(node)
+    found = dict.fromkeys(name for name in outside if combined.get(name, False))
+    for node in model.graph.node:  # what else such a node computes would go with it
+        if not found.keys().isdisjoint(node.output):
+            found.update(dict.fromkeys(name for name in node.output if name in read))
+    return list(found)
+
+
+def _has_channels(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor holds several floating-point numbers."""
+    return math.prod(tensor.dims) > 1 and helper.tensor_dtype_to_np_dtype(tensor.data_type).kind in "fV"
+
+
+def _fold(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+    """Put the values of tensors in the place of the nodes that compute them."""
+    needed = set(names)
+    nodes: list[onnx.NodeProto] = []
+    for node in reversed(model.graph.node):
+        if not needed.isdisjoint(node.output):
+            nodes.insert(0, node)
+            needed.update(node.input, node.output)
+    folded = onnx.ModelProto()
+    copy_fields(model, folded, leave_out=("graph",))
+    copy_fields(model.graph, folded.graph, leave_out=("initializer", "node"))
+    live = [node for node in model.graph.node if set(names).isdisjoint(node.output)]
+    while True:
+        read = {name for node in live for name in reads(node)} | {output.name for output in model.graph.output}
+        kept = [node for node in live if not needed.issuperset(node.output) or not read.isdisjoint(node.output)]
+        if len(kept) == len(live):
+            break
+        live = kept
+    folded.graph.node.extend(live)
+    unread = needed - read
+    folded.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in unread)
+    folded.graph.initializer.extend(_values(model, nodes, names))
+    return folded
+
+
+def _values(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], names: Sequence[str]
+) -> Iterator[onnx.TensorProto]:
+    """Compute tensors, of the type that the graph has them in."""
+    read = {name for node in nodes for name in node.input}
+    part = onnx.ModelProto(ir_version=max(model.ir_version, 4))
+    part.opset_import.extend(model.opset_import)
+    part.graph.name = "weights"
+    part.graph.node.extend(nodes)
+    part.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read)
+    part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = Session(part.SerializeToString(), optimize=False)
+    _, types = infer(part) if session.promoted else ({}, {})
+    for name, value in zip(names, session.run({}, names), strict=True):
+        dtype = helper.tensor_dtype_to_np_dtype(types[name]) if session.promoted else value.dtype
+        yield numpy_helper.from_array(value.astype(dtype), name)
