@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 Shape = tuple[int, ...]
+OPERAND = 64  # elements: constants up to this size are shapes, axes, bounds
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -129,9 +130,20 @@ class Model:
     def value(self, name: str) -> np.ndarray | None:
         """Known value of a shape-like tensor: a constant's, or one computed from shapes alone."""
         constant = self.constant(name)
-        if constant is not None:
+        if constant is None:
+            return self.static_values.get(name)
+        if constant.size > OPERAND:
             return constant.load()
-        return self.static_values.get(name)
+        known = self._operands.get(constant.name)
+        if known is None:
+            known = self._operands[constant.name] = constant.load()
+            known.flags.writeable = False
+        return known
+
+    @cached_property
+    def _operands(self) -> dict[str, np.ndarray]:
+        """Small constants that have been read: rules ask for their values again and again."""
+        return {}
 
     @cached_property
     def consumers(self) -> Mapping[str, tuple[tuple[Node, int], ...]]:

@@ -46,10 +46,11 @@ class Result:
 class Loaded:
     """A model in memory, where it came from, and what coupling found out about it.
 
-    ``proto`` is what gets pruned; ``flat`` is what is reasoned about: the same but for control flow;
-    ``called`` is the file's own graph, where that calls local functions which ``proto`` has inlined.
+    ``source`` is what the file holds, ``proto`` what gets pruned; ``flat`` is what is reasoned about, the same but for
+    control flow; ``called`` is the file's own graph, where that calls local functions which ``proto`` has inlined.
     """
 
+    source: onnx.ModelProto
     proto: onnx.ModelProto
     flat: onnx.ModelProto
     called: onnx.ModelProto | None
@@ -57,6 +58,15 @@ class Loaded:
     sha256: str
     coupling: Coupling
     cost: Cost
+    prepared: tuple[str, ...] = ()
+
+    def notes(self, pruned: onnx.ModelProto) -> tuple[str, ...]:
+        """What the user should know about how the model was read, and about what else than pruning changed it."""
+        if pruned is self.source:
+            return self.coupling.model.notes
+        inlined = self.called is not None and not pruned.functions
+        inlining = ("local functions were inlined, because what they compute shrinks",) if inlined else ()
+        return (*self.prepared, *inlining, *self.coupling.model.notes)
 
 
 def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = None) -> Loaded:
@@ -75,12 +85,11 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
         source, inlined = proto, inline(proto)
         proto, prepared = prepare(inlined)
         flat, graph = _read_flat(proto, shapes)
-        graph = replace(graph, notes=(*prepared, *graph.notes))
         attention = options.attention if plan is None else plan.attention
         coupling = couple(graph, options.ignore, options.only, attention)
         cost = Cost(coupling)
     called = source if inlined is not source and proto is inlined else None
-    return Loaded(proto, flat, called, path, digest, coupling, cost)
+    return Loaded(source, proto, flat, called, path, digest, coupling, cost, prepared)
 
 
 def _read_flat(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> tuple[onnx.ModelProto, Model]:
@@ -141,7 +150,7 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
         keep = every if budget.met else _select_to_fit(loaded, scores, budget, options)
         plan = replace(make_plan(coupling, keep, loaded.sha256), attention=options.attention)
     if budget.met:
-        pruned, proof = loaded.proto, None
+        pruned, proof = loaded.source, None
     else:
         pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     described = describe(loaded, options, keep, scores.value, clock)
@@ -152,12 +161,7 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
         after["bytes"] = pruned.ByteSize() - overhead
     targets = budget.rows(after, floor(loaded, options))
     notes = (
-        *coupling.model.notes,
-        *(
-            ("local functions were inlined, because what they compute shrinks",)
-            if loaded.called and not pruned.functions
-            else ()
-        ),
+        *loaded.notes(pruned),
         *(("the model already meets the target; nothing was removed",) if budget.met else ()),
     )
     return Result(pruned, plan, replace(described, after=after, targets=targets, proof=proof, notes=notes))
@@ -194,7 +198,7 @@ def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> 
         scores = score(loaded.coupling, options.criterion, options.seed)
     every = np.ones(loaded.coupling.n_classes, bool)
     described = describe(loaded, options, every, scores.value, clock)
-    return replace(described, notes=loaded.coupling.model.notes)
+    return replace(described, notes=(*loaded.prepared, *loaded.coupling.model.notes))
 
 
 def apply(
@@ -212,7 +216,7 @@ def apply(
     keep = keep_of(loaded.coupling, plan)
     pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
-    described = replace(described, proof=proof, notes=loaded.coupling.model.notes)
+    described = replace(described, proof=proof, notes=loaded.notes(pruned))
     return Result(pruned, plan, described)
 
 

@@ -106,7 +106,7 @@ def _has_channels(tensor: onnx.TensorProto) -> bool:
 
 def _fold(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     """Put the values of tensors in the place of the nodes that compute them."""
-    needed = set(names)
+    computed, needed = set(names), set(names)
     nodes: list[onnx.NodeProto] = []
     for node in reversed(model.graph.node):
         if not needed.isdisjoint(node.output):
@@ -115,7 +115,7 @@ def _fold(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     folded = onnx.ModelProto()
     copy_fields(model, folded, leave_out=("graph",))
     copy_fields(model.graph, folded.graph, leave_out=("initializer", "node"))
-    live = [node for node in model.graph.node if set(names).isdisjoint(node.output)]
+    live = [node for node in model.graph.node if computed.isdisjoint(node.output)]
     while True:
         read = {name for node in live for name in reads(node)} | {output.name for output in model.graph.output}
         kept = [node for node in live if not needed.issuperset(node.output) or not read.isdisjoint(node.output)]

@@ -194,7 +194,7 @@ def _skeleton(
         if tensor is not None:
             data_types[node.output[0]] = tensor.data_type
     for name, constant in constants.items():
-        if constant.size <= 8 or (not constant.floating and constant.size <= shape_search.SMALL):
+        if constant.size <= shape_search.FEW or (not constant.floating and constant.size <= shape_search.SMALL):
             graph.initializer.append(_tensor(constant, name))
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(name, data_types[name], constant.shape))

@@ -19,6 +19,7 @@ from onnxprune.model import Constant, Node, Shape
 from onnxprune.protos import is_float
 
 SMALL = 4096  # elements: integer constants up to this size stay readable to shape inference and shape arithmetic
+FEW = 8  # elements: floating-point constants up to this size (scales of a Resize) inference may read
 WINDOW = 96  # nodes without a shape that inference is asked for at a time
 _RUNTIME_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")  # whose operators onnxruntime brings
 # fmt: off
@@ -179,8 +180,9 @@ class Completion:
         read = (name for node in nodes for name in (*node.inputs, *node.captured) if name and name not in computed)
         for name in dict.fromkeys(read):
             value = self.values.get(name)
-            if value is None and self._small(name):
-                value = self._constants[self._aliases.get(name, name)].load()
+            constant = self._constants.get(self._aliases.get(name, name))
+            if value is None and constant is not None and (constant.size <= FEW or self._small(name)):
+                value = constant.load()
             if value is not None:
                 part.graph.initializer.append(numpy_helper.from_array(value, name))
             elif name in self.shapes:

@@ -145,17 +145,18 @@ class Replayed:
     def shrinking(self, grid: np.ndarray) -> str | None:
         """What shrank in the original: the dimension that did not is as long as it was."""
         outer, inner = grid.shape[-2:]
-        if (grid >= len(self._frozen)).any():
+        known = grid[grid < len(self._frozen)]  # the others are new: zeros of a Pad, or what stays beside channels
+        if not len(known):
             return "inner"
-        if self._frozen[grid].all():
+        if self._frozen[known].all():
             return None
-        if (grid == grid[..., :1]).all() and self._all(grid, "outer", inner):
+        if (grid == grid[..., :1]).all() and self._all(known, "outer", inner):
             return "outer"
-        return "inner" if self._all(grid, "inner", outer) else None
+        return "inner" if self._all(known, "inner", outer) else None
 
     def can_shrink(self, labels: np.ndarray) -> bool:
         """Whether any of the labels could be removed from the original."""
-        return self._all(labels, "inner", 1)
+        return self._all(labels[labels < len(self._frozen)], "inner", 1)
 
     def reason(self, labels: np.ndarray) -> Reason:
         """Nothing of it shrank in the original."""

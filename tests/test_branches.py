@@ -240,6 +240,17 @@ def same_names() -> ModelProto:
     return end(t, choose(t, "flag", then, otherwise))
 
 
+def same_names_and_numbers() -> ModelProto:
+    """Call tensors of both branches the same, and others outside as they might then be told apart."""
+    t, y = begin("flag")
+    weight = t.random(8, 8, 3, 3, name="same.w.1", scale=0.2)
+    y = t.node("Relu", t.node("Conv", y, weight, name="same.2", pads=[1] * 4), name="out.1")
+    then, otherwise = (
+        body(name, lambda b, name=name: b.node(name, conv(b, y, "same"), name="out")) for name in ("Relu", "Tanh")
+    )
+    return end(t, choose(t, "flag", then, otherwise))
+
+
 def same_node_names() -> ModelProto:
     """Call several nodes in a row the same in both branches, and like nodes outside."""
     t, y = begin("flag")
@@ -302,7 +313,7 @@ def shape_arithmetic_inside() -> ModelProto:
 
 EVERY = [
     two_convolutions, shared_weight, weight_shared_with_outside, bias_shared_with_outside, several_outputs, same_names,
-    same_node_names, passed_on, constants_inside, shape_arithmetic_inside,
+    same_names_and_numbers, same_node_names, passed_on, constants_inside, shape_arithmetic_inside,
 ]  # fmt: skip
 
 

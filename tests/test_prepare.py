@@ -831,7 +831,6 @@ def test_call_inside_a_branch() -> None:
     assert [node for node in result.model.graph.node if node.op_type != "If"] == plain
 
 
-@pytest.mark.xfail(strict=True, reason="prune returns the prepared model, and its notes, where nothing is removed")
 @pytest.mark.parametrize(
     "build",
     [

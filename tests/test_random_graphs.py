@@ -1,0 +1,168 @@
+"""Properties of random graphs from all operators: they prune and prove, or refuse with a reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from math import prod
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto
+
+import onnxprune
+import oracle
+from onnxprune import BudgetError
+from onnxprune.coupling import Coupling
+from random_graphs import graphs, measured, seeded_net, valid
+
+EXAMPLES = settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
+)
+SEEN = 120
+"""How many of the supported operators the graphs of the coverage test must have."""
+MIXING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+OTHERS = frozenset(["Einsum", "LSTM", "GRU", "RNN", "Attention"])
+JUMPING = frozenset(
+    ["Ceil", "Floor", "Round", "Sign", "Mod", "Cast", "CastLike", "Hardmax", "TopK", "Where", "QuantizeLinear"]
+)
+
+
+def macs_of(model: ModelProto) -> int | None:
+    """Count multiply-accumulates of the nodes that outputs depend on, from the shapes that onnxruntime computes.
+
+    None where other operators than convolutions and products multiply.
+    """
+    values = measured(model)
+    if any(node.op_type in OTHERS for node in model.graph.node):
+        return None
+    live = {output.name for output in model.graph.output}
+    total = 0
+    for node in reversed(model.graph.node):
+        if live.isdisjoint(node.output):
+            continue
+        live.update(node.input)
+        a, b, *_ = [values[name].shape for name in node.input[:2]] if node.op_type in MIXING else [(), ()]
+        out = values[node.output[0]].shape
+        if node.op_type in ("Conv", "ConvTranspose"):
+            positions = out if node.op_type == "Conv" else a
+            total += prod(b) * positions[0] * prod(positions[2:])
+        elif node.op_type in MIXING:
+            flipped = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+            total += prod(out) * a[0 if flipped else -1]
+    return total
+
+
+def check_prune(model: ModelProto, target: float, preset: str) -> str:
+    """Prune to a share of the MAC: the result is valid, proved and within the target, or the target is out of reach."""
+    counted, given_bytes = macs_of(model), model.SerializeToString()
+    before = onnxprune.inspect(model).before["mac"]
+    assert counted in (None, before)
+    try:
+        result = onnxprune.prune(model, target_mac=target, preset=preset)
+    except BudgetError as error:
+        assert error.floor > target * before * (1 - 1e-9)
+        assert f"{100 * error.floor / before:.4g} % remains" in str(error)
+        return "nothing prunable" if error.floor == before else "out of reach"
+    finally:
+        assert model.SerializeToString() == given_bytes
+    report, counted = result.report, macs_of(result.model)
+    assert counted in (None, report.after["mac"])
+    assert report.after["mac"] <= target * before * (1 + 1e-9)
+    assert report.proof is None if target == 1 else report.proof.ok
+    oracle.check(result.model)
+    assert oracle.signature(result.model) == oracle.signature(model)
+    return "pruned" if result.plan.initializers else "met"
+
+
+def alone(coupling: Coupling) -> Iterator[Coupling]:
+    """The same coupling with a single prunable unit of selection (a group, or a bundle of groups) each time."""
+    kind = "bundles" if hasattr(coupling, "bundles") else "groups"
+    for part in getattr(coupling, kind):
+        if getattr(part, "frozen", None) is None:
+            single = copy.copy(coupling)
+            vars(single)[kind] = (part,)
+            yield single
+
+
+def check_units(model: ModelProto, seed: int, most: int) -> int:
+    """Whatever is free can be removed by itself: one channel of a single group, then of several groups, then most of all."""
+    coupling, rng = oracle.couple_proto(model), np.random.default_rng(seed)
+    keeps = [oracle.random_keep(single, rng, share=0.0) for single in alone(coupling)]
+    keeps = [keeps[i] for i in rng.permutation(len(keeps))[:most]]
+    keeps += [oracle.random_keep(coupling, rng, share=0.0, spare=0.5), oracle.random_keep(coupling, rng, share=0.7)]
+    keeps = [keep for keep in keeps if not keep.all()]
+    for keep in keeps:
+        pruned = oracle.prune_to(model, coupling, keep)
+        assert pruned.proof.ok, pruned.proof.failures
+        oracle.check(pruned.model)
+        if masks(model, coupling, keep):
+            compare(model, pruned)
+    return len(keeps)
+
+
+def masks(model: ModelProto, coupling: Coupling, keep: np.ndarray) -> bool:
+    """Whether zeros in weights say what pruning means: all that shrinks ends in a constant, and nothing jumps on the way."""
+    if any(node.op_type in JUMPING | OTHERS for node in model.graph.node):
+        return False
+    makers, values = {name: node for node in model.graph.node for name in node.output}, dict(oracle.constants_of(model))
+    for c in coupling.contractions:
+        axis = coupling.axes(c.node.inputs[c.input])[c.axis]
+        if len(coupling.kept(axis, keep)) == coupling.model.shapes[c.node.inputs[c.input]][c.axis]:
+            continue
+        if c.redefined or c.node.op not in MIXING:
+            return False
+        weight = c.node.inputs[1 - c.input]
+        while weight not in values:
+            if weight not in makers or makers[weight].op_type not in ("Identity", "Transpose"):
+                return False
+            weight = makers[weight].input[0]
+    return True
+
+
+def compare(model: ModelProto, pruned: oracle.Pruned) -> None:
+    """The pruned graph as a whole equals the original whose weights are masked, also at another batch size."""
+    declared = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    for batch in (1, 2) if 0 in declared else (1,):
+        rng = np.random.default_rng(batch)
+        dims = [size or batch for size in declared]
+        feeds = {"x": rng.standard_normal(dims).astype(np.float32)}
+        try:
+            oracle.run(model, feeds)
+        except oracle.BROKEN:
+            continue  # a batch size is written into it
+        wanted = oracle.masked_reference(model, pruned.plan, feeds)
+        for have, want in zip(oracle.run(pruned.model, feeds), wanted, strict=True):
+            assert have.shape == want.shape
+            np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-3 * np.abs(want).max(initial=1e-3))
+
+
+@EXAMPLES
+@given(graphs(), st.floats(0.2, 1.0), st.sampled_from("abcd"))
+def test_random_graphs_prune_or_say_why_not(model: ModelProto, target: float, preset: str) -> None:
+    """A random target is met by a valid, proved model with the same signature, or is out of reach."""
+    check_prune(model, target, preset)
+
+
+@EXAMPLES
+@given(graphs(), st.integers(0, 9))
+def test_what_is_free_can_be_removed_alone(model: ModelProto, seed: int) -> None:
+    """Every group that coupling calls free can lose a channel while all others stay: it proves, and equals masking."""
+    check_units(model, seed, most=4)
+
+
+def test_random_graphs_reach_nearly_every_operator() -> None:
+    """Graphs from fixed seeds are valid, and nearly all operators occur (printed: those that do not)."""
+    seen: set[str] = set()
+    for seed in range(400):
+        net = seeded_net(seed)
+        seen.update(node.op_type for node in net.nodes)
+        assert seed >= 40 or not valid(net.build(*net.pool))
+    supported = {op for domain, op in onnxprune.ops.supported() if not domain}
+    print("never seen:", *sorted(supported - seen))
+    assert len(supported & seen) >= SEEN
