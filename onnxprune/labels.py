@@ -249,22 +249,25 @@ class Ledger:
 
     def arrange(self, axes: Sequence[Axis]) -> Layout:
         """Build a layout: rejoin parts that stand side by side; rows that are gone tie what they told apart."""
-        now = [tuple(self._current(atom) for atom in axis) for axis in axes]
-        rows = {row for axis in now for atom in axis for row in atom.rows}
+        now = list(axes)
+        rows: set[Atom] = set()
+        if any(atom.rows for axis in axes for atom in axis):
+            now = [tuple(self._current(atom) for atom in axis) for axis in axes]
+            rows = {row for axis in now for atom in axis for row in atom.rows}
         seen: set[Atom] = set()
         twice: set[Atom] = set()
         distinct = []
         for axis in now:
-            twice.update(atom for atom in axis if atom in seen)
-            distinct.append(tuple(Atom(a.size, a.labels, a.rows) if a in seen else a for a in axis))
+            again = [atom for atom in axis if atom in seen]
+            twice.update(again)
+            distinct.append(tuple(Atom(a.size, a.labels, a.rows) if a in again else a for a in axis) if again else axis)
             seen.update(axis)
         if lost := (rows - seen) | (rows & twice):
             distinct = [tuple(self._collapse(atom, lost) for atom in axis) for axis in distinct]
         readers: dict[Atom, int] = {}
-        for atom in (atom for axis in distinct for atom in axis):
-            for row in atom.rows:
-                readers[row] = readers.get(row, 0) + 1
-        return Layout(tuple(self._fuse(axis, readers) for axis in distinct))
+        for row in (row for axis in distinct for atom in axis for row in atom.rows) if rows else ():
+            readers[row] = readers.get(row, 0) + 1
+        return Layout(tuple(self._fuse(axis, readers) if len(axis) > 1 else axis for axis in distinct))
 
     def _constant_layout(self, constant: Constant, node: Node, index: int, axes: Iterable[int] | None) -> Layout:
         known = self._constant(constant, node)

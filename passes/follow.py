@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations, count, islice
+from math import comb
 
 import numpy as np
 
@@ -140,16 +142,28 @@ def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
     rng = np.random.default_rng(0)
     order = rng.random(coupling.n_classes)
     runs = [bundle.units(order)[: bundle.removable] for bundle in coupling.bundles if bundle.removable]
-    numbers = np.arange(len(runs))
-    halves = [numbers >> bit & 1 == side for bit in range(len(runs).bit_length()) for side in (0, 1)]
-    for cut in (numbers >= 0, *halves) if runs else ():
+    for cut in (range(len(runs)), *_trials(len(runs))) if runs else ():
         keep = np.ones(coupling.n_classes, bool)
-        for number in np.flatnonzero(cut):
+        for number in cut:
             keep[runs[number][: rng.integers(1, len(runs[number]) + 1)]] = False
         found = _failing(coupling, keep) + _unpinned(coupling, View(coupling, keep))
         if found:
             return found
     return []
+
+
+def _trials(n: int) -> list[list[int]]:
+    """Subsets of n numbers such that for any two numbers some subset holds the first without the second.
+
+    Each number stands in half of the subsets, no two in the same ones: no family of fewer subsets does it (Sperner, 1928).
+    """
+    size = next(size for size in count(1) if comb(size, size // 2) >= n)
+    places = islice(combinations(range(size), size // 2), n)
+    trials: list[list[int]] = [[] for _ in range(size)]
+    for number, subset in enumerate(places):
+        for trial in subset:
+            trials[trial].append(number)
+    return [trial for trial in trials if trial]
 
 
 def _failing(coupling: Coupling, keep: np.ndarray) -> list[tuple[np.ndarray, Reason]]:
