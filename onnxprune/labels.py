@@ -290,6 +290,10 @@ class Ledger:
         own = constant.is_vector and constant.name not in (self.original or self.model).names_before_at
         return self.constants.setdefault((constant.name, node.key if own else ""), {})
 
+    def is_weight(self, name: str) -> bool:
+        """Whether a tensor is a constant or computed from constants alone."""
+        return self.model.constant(name) is not None or name in self.derived
+
     def whole(self, constant: Constant, node: Node, index: int) -> Layout:
         """Layout of a constant with every axis labelled."""
         return self._constant_layout(constant, node, index, None)
@@ -350,7 +354,7 @@ class Ledger:
         Where only constants take part, as in weight normalisation, a result computed from fewer would be another weight: the
         axis freezes.
         """
-        if all(self.model.constant(name) is not None or name in self.derived for name in node.inputs if name):
+        if all(self.is_weight(name) for name in node.inputs if name):
             self.freeze([self.input(node, index).axes[axis]], "a weight is computed from all of it", node.inputs[index])
         self.contractions.append(Contraction(node, index, axis, redefined, state))
 

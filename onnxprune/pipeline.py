@@ -66,7 +66,9 @@ class Loaded:
             return self.coupling.model.notes
         inlined = self.called is not None and not pruned.functions
         inlining = ("local functions were inlined, because what they compute shrinks",) if inlined else ()
-        return (*self.prepared, *inlining, *self.coupling.model.notes)
+        wide = not {onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}.isdisjoint(self.coupling.model.types.values())
+        single = ("bfloat16 and double are run in float32 where onnxruntime has no kernels for them",) if wide else ()
+        return (*self.prepared, *inlining, *single, *self.coupling.model.notes)
 
 
 def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = None) -> Loaded:

@@ -10,7 +10,7 @@ from onnx import helper, inliner, numpy_helper
 
 from onnxprune.branches import unique_names
 from onnxprune.ops.elementwise import BROADCAST, UNARY
-from onnxprune.protos import constant_tensor, copy_fields, reads
+from onnxprune.protos import constant_tensor, copy_fields, list_as_inputs, reads
 from onnxprune.runtime import Session
 from onnxprune.shapes import infer
 from onnxprune.states import without_zero_states
@@ -44,22 +44,8 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
             f"{len(folded)} weights that the graph computes (weight standardisation) were folded into constants"
         )
     if model is not given and model.ir_version < 4:
-        _list_as_inputs(given.graph, model.graph)
+        list_as_inputs(given.graph, model.graph)
     return model, tuple(notes)
-
-
-def _list_as_inputs(given: onnx.GraphProto, graph: onnx.GraphProto) -> None:
-    """Before IR version 4 every initializer stands among the inputs: drop those that are gone, list the new ones."""
-    gone = {tensor.name for tensor in given.initializer} - {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in gone]
-    listed = {value.name for value in inputs}
-    inputs += [
-        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        for tensor in graph.initializer
-        if tensor.name not in listed
-    ]
-    graph.ClearField("input")
-    graph.input.extend(inputs)
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -54,6 +54,20 @@ def is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
+def list_as_inputs(given: onnx.GraphProto, graph: onnx.GraphProto) -> None:
+    """Before IR version 4 every initializer stands among the inputs: drop those that are gone, list the new ones."""
+    gone = {tensor.name for tensor in given.initializer} - {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in gone]
+    listed = {value.name for value in inputs}
+    inputs += [
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in graph.initializer
+        if tensor.name not in listed
+    ]
+    graph.ClearField("input")
+    graph.input.extend(inputs)
+
+
 def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """Graphs that a node holds: branches of an If, bodies of loops."""
     for attribute in node.attribute:

@@ -17,7 +17,7 @@ from onnxprune.errors import ModelError, ProofError
 from onnxprune.model import Shape
 from onnxprune.passes.follow import PINNED, View, follow
 from onnxprune.plan import Plan, Slices, owner
-from onnxprune.protos import bodies, constant_tensor, copy_fields, reads
+from onnxprune.protos import bodies, constant_tensor, copy_fields, list_as_inputs, reads
 
 
 def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarray) -> onnx.ModelProto:
@@ -71,7 +71,7 @@ def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarr
     _drop_dead(pruned.graph, coupling, keep, plan)
     _drop_unread(model.graph, pruned.graph)
     if model.ir_version < 4:
-        _list_as_inputs(model.graph, pruned.graph)
+        list_as_inputs(model.graph, pruned.graph)
     _update_shapes(pruned.graph, coupling, keep)
     return pruned
 
@@ -221,17 +221,6 @@ def _drop_unread(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:
             del graph.initializer[index]
         if not nodes:
             return
-
-
-def _list_as_inputs(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:
-    """Before IR version 4 every initializer stands among the inputs: list the copies, drop those that are gone."""
-    gone = {tensor.name for tensor in original.initializer} - {tensor.name for tensor in graph.initializer}
-    for index in reversed([index for index, value in enumerate(graph.input) if value.name in gone]):
-        del graph.input[index]
-    listed = {value.name for value in graph.input}
-    for tensor in graph.initializer:
-        if tensor.name not in listed:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
 
 
 def _update_shapes(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray) -> None:

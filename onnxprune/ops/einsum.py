@@ -17,7 +17,7 @@ def einsum(node: Node, ledger: Ledger) -> None:
     for term, operand in zip(terms, operands, strict=True):
         for letter, axis in zip(term, operand.axes, strict=True):
             axes[letter] = ledger.unify(axes[letter], axis) if letter in axes else axis
-    weights = [_is_weight(ledger, name) for name in node.inputs]
+    weights = [ledger.is_weight(name) for name in node.inputs]
     computed = {letter for term, is_weight in zip(terms, weights, strict=True) if not is_weight for letter in term}
     for index, term in enumerate(terms):
         for position, letter in enumerate(term):
@@ -67,7 +67,3 @@ def _term(term: str, rank: int) -> list[str]:
     before, dots, behind = term.partition("...")
     n_hidden = rank - len(before) - len(behind) if dots else 0
     return [*before, *(str(number) for number in range(-n_hidden, 0)), *behind]
-
-
-def _is_weight(ledger: Ledger, name: str) -> bool:
-    return ledger.model.constant(name) is not None or name in ledger.derived

@@ -123,7 +123,7 @@ def multiply(node: Node, ledger: Ledger, order_a: Sequence[int], order_b: Sequen
     batch = _broadcast(ledger, a[:-2], b[:-2])
     rows = a[-2:-1]
     columns = b[-1:] if len(b) > 1 else []
-    weight = next((i for i in (1, 0) if _is_weight(ledger, node.inputs[i])), None)
+    weight = next((i for i in (1, 0) if ledger.is_weight(node.inputs[i])), None)
     if weight is None:
         ledger.attend(batch, (*rows, inner_b, *columns))
     ledger.work(node, (*batch, *rows, inner_b, *columns), weight=weight)
@@ -138,7 +138,3 @@ def _broadcast(ledger: Ledger, a: list[Axis], b: list[Axis]) -> list[Axis]:
     rank = max(len(a), len(b))
     pad = [[()] * (rank - len(side)) + side for side in (a, b)]
     return [ledger.unify(x, y) for x, y in zip(*pad, strict=True)]
-
-
-def _is_weight(ledger: Ledger, name: str) -> bool:
-    return ledger.model.constant(name) is not None or name in ledger.derived
