@@ -6,6 +6,7 @@ runs onnxruntime: a channel that nobody reads might as well not be there.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, helper, numpy_helper
 
+import onnxprune
 from onnxprune import onnx_io
 from onnxprune.coupling import Bundle, Coupling
 from onnxprune.passes.apply import apply
@@ -353,3 +355,17 @@ def assert_case_prunes(case: Case, *, thorough: bool = True) -> None:
     for keep in keeps:
         if not keep.all():
             assert_prunes(model, coupling, keep, redefined=case.redefined, zero=case.zero)
+
+
+def assert_pruned(model: ModelProto, target: float = 0.7, **options: object) -> onnxprune.Result:
+    """The model prunes to its target and is proved, replayed from the plan's text and verified; the result is valid."""
+    result = onnxprune.prune(model, target_mac=target, **options)
+    onnx.checker.check_model(result.model, full_check=True)
+    assert result.report.proof is not None
+    assert result.report.proof.ok
+    assert result.report.target is not None
+    assert result.report.target.achieved <= target
+    plan = onnxprune.Plan.from_json(json.dumps(result.plan.to_json()))
+    assert onnxprune.apply(model, plan).model == result.model
+    assert onnxprune.verify(model, result.model, plan).weights == "exact"
+    return result

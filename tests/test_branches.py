@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
@@ -16,7 +15,7 @@ from graphs import Tiny
 from onnxprune import onnx_io
 from onnxprune.branches import flatten, unique_names
 from onnxprune.prepare import prepare
-from oracle import assert_close, masked_reference, run
+from oracle import assert_close, assert_pruned, masked_reference, run
 
 SHAPE = (1, 8, 4, 6)
 Pick = Mapping[str, bool]
@@ -97,20 +96,6 @@ def image(model: ModelProto, batch: int = 1, seed: int = 0) -> dict[str, np.ndar
         for value in model.graph.input
         if value.type.tensor_type.elem_type == TensorProto.FLOAT
     }
-
-
-def assert_pruned(model: ModelProto, target: float = 0.7, **options: object) -> onnxprune.Result:
-    """The model prunes to its target and is proved, replayed from the plan's text and verified; the result is valid."""
-    result = onnxprune.prune(model, target_mac=target, **options)
-    onnx.checker.check_model(result.model, full_check=True)
-    assert result.report.proof is not None
-    assert result.report.proof.ok
-    assert result.report.target is not None
-    assert result.report.target.achieved <= target
-    plan = onnxprune.Plan.from_json(json.dumps(result.plan.to_json()))
-    assert onnxprune.apply(model, plan).model == result.model
-    assert onnxprune.verify(model, result.model, plan).weights == "exact"
-    return result
 
 
 def assert_pruned_in_every_branch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from architectures import variants
 from commands import ok
 from graphs import Tiny
 from onnxprune.prepare import inline, prepare
-from oracle import assert_close, masked_reference, run
+from oracle import assert_close, assert_pruned, masked_reference, run
 
 TARGET = 0.7
 FOLDED = "folded into constants"
@@ -69,20 +68,6 @@ def folded(model: ModelProto) -> ModelProto:
     onnx.checker.check_model(prepared, full_check=True)
     assert_close(run(prepared, image(model)), run(model, image(model)), 1e-6)
     return prepared
-
-
-def assert_pruned(model: ModelProto, target: float = TARGET, **options: object) -> onnxprune.Result:
-    """The model prunes to its target and is proved, replayed from the plan's text and verified; the result is valid."""
-    result = onnxprune.prune(model, target_mac=target, **options)
-    onnx.checker.check_model(result.model, full_check=True)
-    assert result.report.proof is not None
-    assert result.report.proof.ok
-    assert result.report.target is not None
-    assert result.report.target.achieved <= target
-    plan = onnxprune.Plan.from_json(json.dumps(result.plan.to_json()))
-    assert onnxprune.apply(model, plan).model == result.model
-    assert onnxprune.verify(model, result.model, plan).weights == "exact"
-    return result
 
 
 def assert_pruned_as_folded(model: ModelProto, target: float = TARGET) -> onnxprune.Result:
