@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,18 @@ _DTYPES = {
     "tensor(bool)": np.bool_,
 }
 
+_limit: ContextVar[int] = ContextVar("threads", default=0)
+
+
+@contextmanager
+def threads_limited(threads: int) -> Iterator[None]:
+    """Let the sessions that this context starts use so many threads each, where they are not told otherwise."""
+    token = _limit.set(threads)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
 
 class Session:
     """A model ready to run.
@@ -44,7 +58,7 @@ class Session:
     optimize
         False runs the graph as written, so that intermediate values are what the file says.
     threads
-        Threads within one operator; 0 lets onnxruntime choose.
+        Threads within one operator; 0 leaves that to :func:`threads_limited`, and outside of it to onnxruntime.
 
     Attributes
     ----------
@@ -60,7 +74,7 @@ class Session:
     def __init__(self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or _limit.get()
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         if not optimize:
