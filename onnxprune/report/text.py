@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich import box
@@ -10,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnxprune.report import FrozenRow, GroupRow, Layer, Report
+from onnxprune.report.rows import Row
 
 NAMES = {
     "mac": "MAC",
@@ -116,6 +118,29 @@ def frozen(console: Console, rows: Sequence[FrozenRow], *, limit: int | None = N
         more = f" and {len(row.layers) - 1} more" if len(row.layers) > 1 else ""
         _add(table, row.node or row.tensor or f"{row.layers[0]}{more}", row.op, row.reason, number(row.mac))
     _show(console, "frozen", table, len(rows), limit)
+
+
+def sweep(console: Console, rows: Sequence[Row]) -> None:
+    """Show one line per run, and under the table why some failed; columns that say nothing are left out."""
+    metrics = list(dict.fromkeys(measured.metric for row in rows for measured in row.quality))
+    compensated = any(row.compensation != "none" for row in rows)
+    columns = ["model", "preset", "criterion", *(["compensation"] if compensated else []), "target"]
+    qualities = [name for metric in metrics for name in (metric, "drop")]
+    kept = ["MAC", "params", "bandwidth"]
+    table = _table(console, *columns, *kept, *qualities, "pareto", "proof", "s", align="l" * len(columns))
+    for row in rows:
+        target = f"{row.kind} {row.target:g}" if row.target <= 1 else f"{row.kind} {number(row.target)}"
+        way = [row.model, row.preset, row.criterion, *([row.compensation] if compensated else []), target]
+        shares = ["-" if value is None else f"{100 * value:.1f} %" for value in (row.mac, row.params, row.bandwidth)]
+        found = {measured.metric: (f"{measured.after:.4g}", f"{measured.drop:.4g}") for measured in row.quality}
+        quality = [cell for metric in metrics for cell in found.get(metric, ("-", "-"))]
+        proof = {True: "holds", False: "FAILED", None: "-"}[row.proof]
+        end = ["*" if row.pareto else "", proof if row.ok else "failed", f"{row.seconds:.1f}"]
+        _add(table, *way, *shares, *quality, *end)
+    console.print(table)
+    for (model, error), times in Counter((row.model, row.error) for row in rows if not row.ok).items():
+        runs = f" ({times} runs)" if times > 1 else ""
+        console.print(f"failed   {model}{runs}: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 def share(part: float, whole: float) -> str:

@@ -1,0 +1,86 @@
+"""Draw the rows of a sweep: MAC share against quality, one line per model and way of pruning."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from onnxprune.errors import UsageError
+from onnxprune.metrics import find
+from onnxprune.report.rows import Row
+
+FORMATS = ("svg", "png", "pdf")
+_LOOK: dict[Any, Any] = {
+    "svg.hashsalt": "onnxprune",  # ids in an SVG follow from it, so that the same rows give the same bytes
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def require_matplotlib() -> None:
+    """Raise :class:`UsageError` where matplotlib is not installed."""
+    try:
+        import matplotlib.figure  # noqa: F401, PLC0415 (an extra)
+    except ImportError as error:
+        raise UsageError("--plot needs matplotlib: pip install 'onnxprune[report]'") from error
+
+
+def draw(rows: Sequence[Row], kind: str = "svg") -> bytes:
+    """Draw a picture; Pareto-optimal points are filled, the others hollow, and what the originals reach is dashed.
+
+    Parameters
+    ----------
+    kind
+        ``svg``, ``png`` or ``pdf``; the same rows give the same bytes.
+
+    Raises
+    ------
+    UsageError
+        matplotlib is missing, or no row has a quality.
+    """
+    require_matplotlib()
+    import matplotlib as mpl  # noqa: PLC0415 (an extra)
+    from matplotlib.figure import Figure  # noqa: PLC0415 (a figure of its own needs no screen, as pyplot might)
+
+    shown = [row for row in rows if row.mac is not None and row.quality]
+    if not shown:
+        raise UsageError("no run has a quality to draw")
+    with mpl.rc_context(_LOOK):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        _lines(axes, shown)
+        better = "higher" if find(shown[0].quality[0].metric).higher_is_better else "lower"
+        axes.set_xlabel("MAC kept, % of the original")
+        axes.set_ylabel(f"{shown[0].quality[0].metric} ({better} is better)")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, title="filled: Pareto-optimal", alignment="left")
+        target = io.BytesIO()
+        figure.savefig(target, format=kind, dpi=150, metadata=_without_date(kind))
+    return target.getvalue()
+
+
+def _lines(axes: Any, shown: Sequence[Row]) -> None:
+    lines = list(dict.fromkeys(row.line for row in shown))
+    varying = [len({line[part] for line in lines}) > 1 for part in range(len(lines[0]))]
+    colours: dict[str, str] = {}
+    for number, line in enumerate(lines):
+        points = sorted((row for row in shown if row.line == line), key=lambda row: (row.mac, row.quality[0].after))
+        label = " ".join(word for word, varies in zip(line, varying, strict=True) if varies) or line[0]
+        label = label.replace("$", r"\$").replace("_", " _", label.startswith("_"))  # $ is mathematics, _ hides a label
+        at = [100 * (row.mac or 0) for row in points]
+        values = [row.quality[0].after for row in points]
+        (drawn,) = axes.plot(at, values, color=f"C{number % 10}", linewidth=1.2, label=label)
+        colours.setdefault(line[0], drawn.get_color())
+        for row, x, y in zip(points, at, values, strict=True):
+            fill = drawn.get_color() if row.pareto else "white"
+            axes.plot(x, y, "o", markersize=6, color=drawn.get_color(), markerfacecolor=fill)
+    for model, colour in colours.items():
+        before = next(row.quality[0].before for row in shown if row.model == model)
+        axes.axhline(before, color=colour if len(colours) > 1 else "0.5", linewidth=0.8, linestyle="--")
+
+
+def _without_date(kind: str) -> dict[str, None]:
+    return {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
