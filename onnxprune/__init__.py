@@ -21,6 +21,8 @@ from onnxprune.pipeline import Result, apply, inspect, prune, verify
 from onnxprune.plan import Plan
 from onnxprune.quality import evaluate
 from onnxprune.report import Report
+from onnxprune.report.rows import Row as SweepRow
+from onnxprune.sweep import sweep
 
 __all__ = [
     "BudgetError",
@@ -33,11 +35,13 @@ __all__ = [
     "QualityError",
     "Report",
     "Result",
+    "SweepRow",
     "UsageError",
     "apply",
     "evaluate",
     "inspect",
     "ops",
     "prune",
+    "sweep",
     "verify",
 ]

@@ -16,9 +16,9 @@ LAYERS = (
     {"model"},
     {"labels"},
     {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos"},
-    {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes"},
-    {"pipeline", "options", "quality", "budget"},
-    {"cli", "parameters"},
+    {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers"},
+    {"pipeline", "options", "quality", "budget", "parcels", "sweep"},
+    {"cli", "cli_sweep", "parameters"},
 )
 """From the bottom up; a part may use its own layer and those below it (design.md)."""
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -82,12 +82,15 @@ def test_imports_point_down(module: str) -> None:
     [
         pytest.param("onnxruntime", {"onnxprune.runtime"}, id="onnxruntime"),
         pytest.param("onnx_graphsurgeon", {"onnxprune.reader"}, id="onnx_graphsurgeon"),
-        pytest.param("click", {"onnxprune.cli", "onnxprune.parameters"}, id="click"),
+        pytest.param("click", {"onnxprune.cli", "onnxprune.cli_sweep", "onnxprune.parameters"}, id="click"),
         pytest.param("rich", {"onnxprune.cli", "onnxprune.report.text"}, id="rich"),
+        pytest.param("joblib", {"onnxprune.workers"}, id="joblib"),
+        pytest.param("distributed", {"onnxprune.workers"}, id="distributed"),
+        pytest.param("matplotlib", {"onnxprune.report.pareto"}, id="matplotlib"),
     ],
 )
 def test_libraries_have_one_place(library: str, allowed: set[str]) -> None:
-    """onnxruntime, onnx-graphsurgeon and the terminal libraries are each imported in their one place, and there they are."""
+    """A library that the program could do without elsewhere is imported in its one place, and there it is."""
     users = {name for name, path in MODULES.items() if library in {n.split(".")[0] for n in imported(path)}}
     assert users
     assert users <= allowed
@@ -105,7 +108,10 @@ def test_importing_is_light() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
     assert "onnxprune" in loaded
-    assert loaded & {"torch", "matplotlib", "jinja2", "PIL", "dask", "torchvision", "scipy"} == set()
+    assert (
+        loaded & {"torch", "matplotlib", "jinja2", "PIL", "dask", "distributed", "joblib", "torchvision", "scipy"}
+        == set()
+    )
 
 
 def test_public_names_are_all_there() -> None:

@@ -98,5 +98,5 @@ def test_command_is_installed() -> None:
 def test_core_dependencies_suffice() -> None:
     """Core needs what the contract lists, and no extra's package."""
     names = {requirement.split(">")[0] for requirement in PROJECT["project"]["dependencies"]}
-    assert names == {"onnx", "onnxruntime", "onnx-graphsurgeon", "numpy", "click", "rich"}
+    assert names == {"onnx", "onnxruntime", "onnx-graphsurgeon", "numpy", "click", "rich", "joblib"}
     assert PROJECT["project"]["requires-python"] == ">=3.11"

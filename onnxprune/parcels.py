@@ -1,0 +1,85 @@
+"""Files that make up a model or a data set: what they hold, and how they travel to a machine that does not have them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import onnx
+
+from onnxprune import onnx_io
+from onnxprune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """The files of one path, by their names relative to its folder."""
+
+    path: str
+    files: Mapping[str, bytes]
+
+
+def members(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """All files that a model (with external data), a file or a folder consists of, by name relative to its folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return {file.relative_to(path.parent).as_posix(): file for file in files}
+    return {name: path.parent / name for name in (path.name, *sorted(_external(path)))}
+
+
+def _external(path: pathlib.Path) -> set[str]:
+    if path.suffix.lower() != ".onnx":
+        return set()
+    try:
+        return onnx_io.external_files(onnx.load(path, load_external_data=False))
+    except Exception:  # not a model: the run says so
+        return set()
+
+
+def digest(path: str | os.PathLike) -> str:
+    """Hex digest of everything that a path holds, whatever it is called; nothing where it cannot be read."""
+    total = hashlib.sha256()
+    try:
+        for file in members(pathlib.Path(path)).values():
+            total.update(f"{os.path.relpath(file, path)}\0{onnx_io.sha256(file)}\n".encode())
+    except OSError:
+        return ""
+    return total.hexdigest()
+
+
+def pack(path: str | pathlib.Path) -> Parcel:
+    """Read everything that a path holds; what is missing is left out, so that the run finds it missing.
+
+    Raises
+    ------
+    UsageError
+        The model's external data lies outside the folder of the model.
+    """
+    files = {}
+    for name, file in members(pathlib.Path(path)).items():
+        if pathlib.PurePosixPath(name).is_absolute() or ".." in pathlib.PurePosixPath(name).parts:
+            raise UsageError(f"{path}: its external data {name} lies outside its folder and cannot be sent along")
+        if file.is_file():
+            files[name] = file.read_bytes()
+    return Parcel(str(path), files)
+
+
+@contextmanager
+def unpacked(parcels: Sequence[Parcel]) -> Iterator[dict[str, str]]:
+    """Write parcels to a temporary folder; yields where each path lies now."""
+    with tempfile.TemporaryDirectory(prefix="onnxprune.") as folder:
+        placed = {}
+        for number, parcel in enumerate(parcels):
+            root = pathlib.Path(folder) / str(number)
+            root.mkdir()
+            for name, content in parcel.files.items():
+                file = root / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            placed[parcel.path] = str(root / pathlib.Path(parcel.path).name)
+        yield placed
