@@ -26,6 +26,7 @@ from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
 from onnxprune.report import Report, text
+from onnxprune.report.rows import with_error
 
 PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
 
@@ -94,7 +95,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
         raise UsageError(f"{path}: unknown option {unknown[0]}")
     several = {option.name for option in ctx.command.params if getattr(option, "multiple", False)}
     chosen = {known[key]: value for key, value in table.items()}
-    chosen = {key: [value] if key in several and isinstance(value, str) else value for key, value in chosen.items()}
+    chosen = {k: [v] if k in several and not isinstance(v, list | tuple) else v for k, v in chosen.items()}
     ctx.default_map = {**(ctx.default_map or {}), **chosen}
 
 
@@ -345,7 +346,8 @@ def _fail(error: BaseException, given: Mapping[str, Any], message: str, code: in
         traceback.print_exception(error, file=sys.stderr)
     click.echo(f"onnxprune: {message}", err=True)
     try:
-        _write_json(given["json_path"], report.error_json(code, message))
+        kept = with_error(given["json_path"], code, message)
+        _write_json(given["json_path"], kept or report.error_json(code, message))
     except OnnxPruneError as second:
         click.echo(f"onnxprune: {second}", err=True)
     sys.exit(code)
@@ -418,3 +420,6 @@ def _json_path(args: Sequence[str]) -> str | None:
 def main() -> None:
     """Run the command line."""
     commands.main()
+
+
+import onnxprune.cli_sweep  # noqa: E402, F401 (it adds its command to the group above)
