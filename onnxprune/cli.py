@@ -9,7 +9,7 @@ import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -130,7 +130,14 @@ def _data_options(command: Callable) -> Callable:
         (
             click.option("--output", type=click.Choice(["direct", "residual"]), default="direct",
                          help="What the network predicts."),
-            click.option("--clip", is_flag=True, help="Clip images to their range before comparing."),
+            click.option("--clip", is_flag=True, help="Limit predictions to 0..data range before comparing."),
+            click.option("--crop-border", type=click.IntRange(0), default=0, metavar="N",
+                         help="Rows and columns to leave out at each side of a picture."),
+            click.option("--channels", type=click.Choice(["rgb", "y"]), default="rgb", show_default=True,
+                         help="Compare all channels, or the luma (BT.601, 16 to 235) of RGB pictures."),
+            click.option("--data-range", type=float, metavar="X", help="Largest value of a picture (default 1)."),
+            click.option("--round-bits", type=click.IntRange(1, 16), metavar="N",
+                         help="Round pictures (and their luma) to N bits before comparing, as files do: 8."),
             click.option("--scale", type=float, help="Factor for integer data (default for uint8: 1/255)."),
             click.option("--mean", type=Numbers(), help="Subtracted from scaled integer data."),
             click.option("--std", type=Numbers(), help="Divides scaled integer data."),
@@ -141,7 +148,7 @@ def _data_options(command: Callable) -> Callable:
 
 
 def _reading(given: Mapping[str, Any]) -> quality.Reading:
-    return quality.Reading(**{name: given[name] for name in ("output", "clip", "scale", "mean", "std")})
+    return quality.Reading(**{field.name: given[field.name] for field in fields(quality.Reading)})
 
 
 @click.group(cls=DefaultPrune, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -184,10 +191,11 @@ def prune(model: str, out: str, **given: Any) -> None:
         _check_writes(given, [model], [out, given["json_path"], given["plan_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"])
+        reading = _reading(given)
         with _progress(given) as progress:
             result = pipeline.prune(model, options, progress)
         measured = quality.compare_quality(
-            model, result.model, given["data"], given["metric"], reading=_reading(given), provider=options.provider
+            model, result.model, given["data"], given["metric"], reading=reading, provider=options.provider
         )
         failed = quality.guard(measured, given["max_drop"], given["min_quality"])
         if failed and not given["keep_going"]:

@@ -51,10 +51,14 @@ class View:
         is input minus output.
     clip
         Limit predictions to 0..``peak``.
-    peak
-        The largest value of a picture, as PSNR and SSIM take it.
-    border
+    data_range
+        The largest value of a picture, as PSNR and SSIM take it; 1 where it is not given.
+    crop_border
         Rows and columns cut off at each side, as is usual in super-resolution.
+    channels
+        ``y`` compares the luma of RGB pictures (:func:`luma`) in the place of all their channels.
+    round_bits
+        Round pictures, and the luma made of them, to the values that so many bits can hold, as 8-bit files do.
 
     Raises
     ------
@@ -64,16 +68,35 @@ class View:
 
     output: Literal["direct", "residual"] = "direct"
     clip: bool = False
-    peak: float = 1.0
-    border: int = 0
+    data_range: float | None = None
+    crop_border: int = 0
+    channels: Literal["rgb", "y"] = "rgb"
+    round_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.output not in ("direct", "residual"):
             raise UsageError(f"output {self.output!r} is unknown; choose direct or residual")
+        if self.channels not in ("rgb", "y"):
+            raise UsageError(f"channels {self.channels!r} is unknown; choose rgb or y")
         if not 0 < self.peak < np.inf:
-            raise UsageError(f"peak {self.peak} is not above 0; give the largest value of a picture, such as 1 or 255")
-        if self.border < 0:
-            raise UsageError(f"border {self.border} is below 0; give the number of rows and columns to cut off")
+            raise UsageError(
+                f"data range {self.peak} is not above 0; give the largest value of a picture, such as 1 or 255"
+            )
+        if self.crop_border < 0:
+            raise UsageError(f"border {self.crop_border} is below 0; give the number of rows and columns to cut off")
+        if self.round_bits is not None and not 1 <= self.round_bits <= 16:
+            raise UsageError(f"round bits {self.round_bits}: pictures have 1 to 16 bits; give 8 for 8-bit files")
+
+    @property
+    def peak(self) -> float:
+        """The largest value of a picture: ``data_range``, or 1."""
+        return 1.0 if self.data_range is None else self.data_range
+
+    @property
+    def changes(self) -> bool:
+        """Whether pictures are changed before they are compared."""
+        reads = (self.output, self.channels) != ("direct", "rgb")
+        return reads or self.clip or bool(self.crop_border) or self.round_bits is not None
 
     def predict(self, values: np.ndarray, entered: np.ndarray) -> np.ndarray:
         """Turn the model's output ``values`` on the input ``entered`` into the prediction, not yet cropped."""
@@ -88,12 +111,40 @@ class View:
 
     def crop(self, picture: np.ndarray) -> np.ndarray:
         """Cut the border off the last two axes."""
-        if not self.border:
+        if not self.crop_border:
             return picture
-        if picture.ndim < 3 or min(picture.shape[-2:]) <= 2 * self.border:
-            raise UsageError(f"border {self.border} leaves nothing of a picture of shape {picture.shape[1:]}")
-        inside = slice(self.border, -self.border)
+        if picture.ndim < 3 or min(picture.shape[-2:]) <= 2 * self.crop_border:
+            raise UsageError(f"border {self.crop_border} leaves nothing of a picture of shape {picture.shape[1:]}")
+        inside = slice(self.crop_border, -self.crop_border)
         return picture[..., inside, inside]
+
+    def compared(self, picture: np.ndarray) -> np.ndarray:
+        """Return what of a prediction, or of what was wanted, is compared: cropped, rounded, its luma."""
+        picture = self._rounded(self.crop(picture))
+        return self._rounded(luma(picture, self.peak)) if self.channels == "y" else picture
+
+    def _rounded(self, picture: np.ndarray) -> np.ndarray:
+        if self.round_bits is None:
+            return picture
+        steps = 2**self.round_bits - 1
+        return np.rint(picture.astype(np.float64) * (steps / self.peak)) * (self.peak / steps)
+
+
+def luma(picture: np.ndarray, peak: float = 1.0) -> np.ndarray:
+    """Luma of RGB pictures in 0..``peak``: ITU-R BT.601, studio range, so that black is 16/255 and white 235/255 of peak.
+
+    Parameters
+    ----------
+    picture
+        ``(samples, 3, height, width)``; the result has one channel.
+    """
+    if picture.ndim < 4 or picture.shape[-3] != 3:
+        raise UsageError(
+            f"channels y: a picture has shape {picture.shape[1:]}, luma is made of 3 channels (RGB, height, width); "
+            "a picture of one channel is compared as it is"
+        )
+    weights = np.array([65.481, 128.553, 24.966]) / 255
+    return np.einsum("c,...chw->...hw", weights, picture.astype(np.float64))[..., None, :, :] + 16 / 255 * peak
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(

@@ -6,7 +6,6 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -22,11 +21,9 @@ from onnxprune.report import Report
 
 
 @dataclass(frozen=True)
-class Reading:
+class Reading(View):
     """How data enters a model and how its output is read: see :func:`onnxprune.data.load` and ``metrics.View``."""
 
-    output: Literal["direct", "residual"] = "direct"
-    clip: bool = False
     scale: float | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -64,7 +61,7 @@ def evaluate(
         samples,
         metric,
         reference=other,
-        view=View(output=reading.output, clip=reading.clip),
+        view=reading,
         progress=lambda done, total: progress("evaluate", done, total),
     )
 

@@ -57,8 +57,11 @@ def evaluate(
     """
     metric = find(metric) if isinstance(metric, str) else metric
     view = view or View()
-    if metric.needs == "label" and (view.output == "residual" or view.clip):
-        raise UsageError(f"residual output and clipping are for pictures; metric {metric.name} reads scores of classes")
+    if metric.needs == "label" and view.changes:
+        raise UsageError(
+            "residual output, clipping, cropping, luma and rounding are for pictures; "
+            f"metric {metric.name} reads scores of classes"
+        )
     stored = _stored(samples, metric, reference)
     name = output or _first_float(session, samples)
     if reference is not None and stored is None and name not in reference.outputs:
@@ -133,7 +136,7 @@ def _predict(session: Session, samples: Samples, k: int, name: str, view: View) 
 def _measure(metric: Metric, view: View, prediction: np.ndarray, wanted: np.ndarray, where: str) -> float:
     """Mean of the metric over the samples of one feed."""
     if metric.needs != "label":
-        prediction, wanted = view.crop(prediction), view.crop(wanted)
+        prediction, wanted = view.compared(prediction), view.compared(wanted)
     values = metric.function(prediction, wanted, **{name: getattr(view, name) for name in metric.options})
     value = float(np.mean(values, dtype=np.float64))
     if not np.isfinite(value):

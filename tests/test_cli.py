@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -426,6 +427,41 @@ def test_evaluate_agrees_with_the_readme(
     text = ok("evaluate", *arguments).stdout
     assert text.split()[0] == metric
     assert f"over {samples} samples" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        pytest.param(("--data-range", "255"), 20 * math.log10(255), id="data_range"),
+        pytest.param(("--crop-border", "8"), None, id="crop_border"),
+        pytest.param(("--clip",), None, id="clip"),
+        pytest.param(("--round-bits", "4"), None, id="round_bits"),
+        pytest.param(("--output", "residual"), None, id="output"),
+    ],
+)
+def test_options_of_pictures_reach_the_metric(options: tuple[str, ...], change: float | None) -> None:
+    """Each option of how a picture is read changes the quality, by as much as can be told beforehand."""
+    arguments = (DENOISE / "denoise.onnx", "--data", DENOISE / "denoise_eval.npz", "--metric", "psnr", "--json", "-")
+    plain, other = (json.loads(ok("evaluate", *arguments, *more).stdout)["quality"]["value"] for more in ((), options))
+    assert other != plain
+    assert change is None or other - plain == pytest.approx(change, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--crop-border", "-1"), id="crop_border"),
+        pytest.param(("--channels", "hsv"), id="channels"),
+        pytest.param(("--channels", "y"), id="luma_of_grey"),
+        pytest.param(("--data-range", "0"), id="data_range"),
+        pytest.param(("--data-range", "nan"), id="data_range_nan"),
+        pytest.param(("--round-bits", "0"), id="round_bits"),
+    ],
+)
+def test_wrong_options_of_pictures(options: tuple[str, ...]) -> None:
+    """A value out of range, or one that does not fit the pictures, is a usage error."""
+    data = ("--data", DENOISE / "denoise_eval.npz", "--metric", "psnr")
+    assert_failed(run("evaluate", DENOISE / "denoise.onnx", *data, *options), 2)
 
 
 @pytest.mark.parametrize(

@@ -71,19 +71,20 @@ def test_bounds(picture: np.ndarray) -> None:
     assert (psnr(picture, picture) == MAX_DB).all()
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_ssim_equals_scikit_image(channels: int) -> None:
-    """SSIM agrees with scikit-image's, with the same window and constants, to 1e-9."""
+@pytest.mark.parametrize("peak", [1.0, 255.0])
+@pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
+def test_ssim_equals_scikit_image(channels: int, peak: float) -> None:
+    """SSIM of grey and RGB pictures agrees with scikit-image's, with the same window and constants, to 1e-9."""
     reference = pytest.importorskip("skimage.metrics")
-    target = pictures(2, channels, 40, 31)
-    noisy = np.clip(target + 0.2 * pictures(2, channels, 40, 31, seed=1), 0, 1)
+    target = pictures(2, channels, 40, 31) * peak
+    noisy = np.clip(target + 0.2 * peak * pictures(2, channels, 40, 31, seed=1), 0, peak)
     expected = [
         reference.structural_similarity(
-            one, other, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=0
+            one, other, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=peak, channel_axis=0
         )
         for one, other in zip(noisy, target, strict=True)
     ]
-    np.testing.assert_allclose(ssim(noisy, target), expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(ssim(noisy, target, peak=peak), expected, rtol=0, atol=1e-9)
 
 
 def test_ssim_equals_scikit_image_on_photographs() -> None:
@@ -117,9 +118,16 @@ def test_axes_of_length_one_may_differ() -> None:
         pytest.param(lambda: top1(pictures(2, 3), np.array([0, 0, 0])), r"labels of shape \(3,\)", id="label-count"),
         pytest.param(lambda: top1(pictures(2), np.array([0, 1])), r"scores of shape \(2,\)", id="no-classes"),
         pytest.param(lambda: View(output="noise"), "'noise' is unknown; choose direct or residual", id="output"),
-        pytest.param(lambda: View(peak=0), "peak 0", id="peak"),
-        pytest.param(lambda: View(border=-1), "border -1", id="border"),
-        pytest.param(lambda: View(border=2).crop(pictures(1, 1, 4, 9)), "leaves nothing", id="border-too-wide"),
+        pytest.param(lambda: View(data_range=0), "data range 0 is not above 0", id="data-range"),
+        pytest.param(lambda: View(crop_border=-1), "border -1", id="border"),
+        pytest.param(lambda: View(channels="hsv"), "'hsv' is unknown; choose rgb or y", id="channels"),
+        pytest.param(lambda: View(round_bits=0), "round bits 0: pictures have 1 to 16", id="round-bits"),
+        pytest.param(
+            lambda: View(channels="y").compared(pictures(2, 1, 4, 4)),
+            r"shape \(1, 4, 4\).*3 channels",
+            id="luma-of-grey",
+        ),
+        pytest.param(lambda: View(crop_border=2).crop(pictures(1, 1, 4, 9)), "leaves nothing", id="border-too-wide"),
         pytest.param(
             lambda: View(output="residual").predict(pictures(1, 1, 8, 8), pictures(1, 1, 4, 4)),
             r"output has shape \(1, 1, 8, 8\), the input \(1, 1, 4, 4\)",
@@ -138,7 +146,7 @@ def test_refusal(call, message: str) -> None:
     [
         pytest.param(View(), [2.0, -1.0], id="direct"),
         pytest.param(View(clip=True), [1.0, 0.0], id="clip"),
-        pytest.param(View(clip=True, peak=1.5), [1.5, 0.0], id="clip-to-peak"),
+        pytest.param(View(clip=True, data_range=1.5), [1.5, 0.0], id="clip-to-peak"),
         pytest.param(View(output="residual"), [-1.5, 1.5], id="residual"),
         pytest.param(View(output="residual", clip=True), [0.0, 1.0], id="residual-then-clip"),
     ],
@@ -151,8 +159,52 @@ def test_view_reads_the_output(view: View, expected: list[float]) -> None:
 def test_view_crops_the_last_two_axes() -> None:
     """The border goes from all four sides of a picture; without one the picture stays."""
     picture = pictures(1, 3, 8, 9)
-    np.testing.assert_array_equal(View(border=2).crop(picture), picture[:, :, 2:6, 2:7])
+    np.testing.assert_array_equal(View(crop_border=2).crop(picture), picture[:, :, 2:6, 2:7])
     assert View().crop(picture) is picture
+
+
+@pytest.mark.parametrize("peak", [1.0, 255.0])
+@pytest.mark.parametrize(
+    ("colour", "level"),
+    [
+        pytest.param((0, 0, 0), 16, id="black"),
+        pytest.param((1, 1, 1), 235, id="white"),
+        pytest.param((1, 0, 0), 81.481, id="red"),
+        pytest.param((0, 1, 0), 144.553, id="green"),
+        pytest.param((0, 0, 1), 40.966, id="blue"),
+    ],
+)
+def test_luma_is_that_of_bt601(colour: tuple[int, ...], level: float, peak: float) -> None:
+    """Luma reaches from 16 to 235 of 255, whatever the largest value of a picture."""
+    picture = np.broadcast_to(np.reshape(colour, (1, 3, 1, 1)) * peak, (1, 3, 4, 5))
+    found = View(channels="y", data_range=peak).compared(picture)
+    np.testing.assert_allclose(found, np.full((1, 1, 4, 5), level / 255 * peak), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        pytest.param(View(round_bits=8), [0.0, 100 / 255, 1.0], id="8-bit"),
+        pytest.param(View(round_bits=1), [0.0, 0.0, 1.0], id="1-bit"),
+        pytest.param(View(round_bits=8, data_range=255), [0.0, 0.0, 1.0], id="levels-of-255"),
+        pytest.param(View(), [0.001, 0.3922, 0.999], id="not-rounded"),
+    ],
+)
+def test_rounding_to_bits(view: View, expected: list[float]) -> None:
+    """Values are rounded to the levels that so many bits have between 0 and the largest value."""
+    found = view.compared(np.array([0.001, 0.3922, 0.999]).reshape(1, 1, 1, 3))
+    np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=1e-12)
+
+
+@given(arrays(np.float32, (1, 3, 6, 7), elements=st.floats(0, 1, width=32)))
+def test_rounded_luma_is_that_of_rounded_pictures(picture: np.ndarray) -> None:
+    """The protocol of super-resolution: a picture of whole levels, its luma in whole levels again, then the border off."""
+    found = View(channels="y", round_bits=8, crop_border=1).compared(picture)
+    levels = np.rint(picture.astype(np.float64) * 255)
+    expected = 16 + np.tensordot([65.481, 128.553, 24.966], levels[0] / 255, axes=1)
+    assert found.shape == (1, 1, 4, 5)
+    np.testing.assert_allclose(found * 255, np.rint(found * 255), rtol=0, atol=1e-9)
+    assert np.abs(found[0, 0] * 255 - expected[1:-1, 1:-1]).max() <= 0.5 + 1e-9
 
 
 def test_registry_states_direction_and_needs() -> None:

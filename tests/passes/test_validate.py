@@ -88,7 +88,7 @@ def _renamed(nodes: str, shape: list) -> bytes:
 
 @pytest.mark.parametrize(
     ("view", "better"),
-    [pytest.param(View(clip=True), True, id="clip"), pytest.param(View(border=8), False, id="border")],
+    [pytest.param(View(clip=True), True, id="clip"), pytest.param(View(crop_border=8), False, id="border")],
 )
 def test_view_changes_psnr(denoise: Session, view: View, better: bool) -> None:
     """Clipping can only lower the error where the target is in range; cutting a border changes what is measured."""
