@@ -29,16 +29,22 @@ def _pair(prediction: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.nd
 def mse(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Mean squared error of each sample."""
     one, other = _pair(prediction, target)
-    return np.square(one - other).reshape(len(one), -1).mean(1)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity: no number, and no quality
+        return np.square(one - other).reshape(len(one), -1).mean(1)
 
 
-def psnr(prediction: np.ndarray, target: np.ndarray, *, peak: float = 1.0) -> np.ndarray:
-    """Peak signal-to-noise ratio of each sample in dB, 10 log10(peak^2 / MSE).
+def decibels(errors: np.ndarray, peak: float) -> np.ndarray:
+    """Peak signal-to-noise ratio of mean squared errors in dB, 10 log10(peak^2 / MSE).
 
     At most 100 dB, which identical pictures have; beyond that float32 says nothing.
     """
     with np.errstate(divide="ignore"):
-        return np.minimum(10 * np.log10(peak * peak / mse(prediction, target)), MAX_DB)
+        return np.minimum(10 * np.log10(peak * peak / errors), MAX_DB)
+
+
+def psnr(prediction: np.ndarray, target: np.ndarray, *, peak: float = 1.0) -> np.ndarray:
+    """Peak signal-to-noise ratio of each sample in dB, of its own error; at most 100 dB."""
+    return decibels(mse(prediction, target), peak)
 
 
 def cosine(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -72,6 +78,15 @@ def top1(scores: np.ndarray, label: np.ndarray) -> np.ndarray:
         )
     hits = scores.argmax(1).reshape(len(scores), -1) == label.reshape(len(scores), -1)
     return 100.0 * hits.mean(1)
+
+
+def agreement(scores: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Percentage of each sample's positions where two models have their highest score, on axis 1, in the same class."""
+    if scores.ndim < 2 or scores.shape != wanted.shape:
+        raise UsageError(
+            f"agreement takes scores of shape (samples, classes) of two models; found {scores.shape}, {wanted.shape}"
+        )
+    return 100.0 * (scores.argmax(1) == wanted.argmax(1)).reshape(len(scores), -1).mean(1)
 
 
 def _smooth(picture: np.ndarray) -> np.ndarray:

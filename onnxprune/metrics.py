@@ -1,21 +1,26 @@
 """Quality metrics: a name, a measure, what it compares with; and how an output is read before it is compared.
 
-The quality of a model is the mean of a measure's values per sample (see :mod:`onnxprune.measures`). More metrics come
-through Python entry points of group ``onnxprune.metrics``, each an object of type :class:`Metric`.
+The quality of a model is the mean of a measure's values per sample (see :mod:`onnxprune.measures`). More metrics are a
+function named ``module:function``, or come through Python entry points of group ``onnxprune.metrics``, each an object of
+type :class:`Metric`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from onnxprune.errors import UsageError
-from onnxprune.measures import cosine, mse, psnr, ssim, top1
+from onnxprune.errors import OnnxPruneError, UsageError
+from onnxprune.importing import named, told
+from onnxprune.measures import agreement, cosine, decibels, mse, psnr, ssim, top1
+
+Needs = Literal["target", "label", "reference", "original"]
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,31 @@ class Metric:
     function
         Takes a prediction and what was wanted, both with samples on axis 0, and returns one value per sample.
     needs
-        What predictions are compared with: ``label`` (class numbers), ``target`` (tensors like the output), or
-        ``reference``: targets if the data has any, else the outputs of a reference model (fidelity to the original).
+        What predictions are compared with: ``label`` (class numbers), ``target`` (tensors like the output),
+        ``original``: the outputs of the original model, or ``reference``: targets if the data has any, else the outputs
+        of the original model.
     options
-        Fields of :class:`View` that the function takes as keywords.
+        Attributes of :class:`View` that the function takes as keywords.
+    scores
+        Whether predictions are scores of classes on axis 1, to which a :class:`View` does not apply; so they are
+        wherever labels are needed.
+    finish
+        Turns the function's values and the data range into the metric's, once the range of the original's outputs over
+        all data is known; that range is used where :class:`View` has none.
     """
 
     name: str
     function: Callable[..., np.ndarray]
     higher_is_better: bool
-    needs: Literal["target", "label", "reference"]
+    needs: Needs
     options: tuple[str, ...] = ()
+    scores: bool = False
+    finish: Callable[[np.ndarray, float], np.ndarray] | None = None
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether predictions are read as scores of classes, not as pictures."""
+        return self.scores or self.needs == "label"
 
 
 @dataclass(frozen=True)
@@ -156,6 +175,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric("top1", top1, True, "label"),
             Metric("cosine", cosine, True, "reference"),
             Metric("mse", mse, False, "reference"),
+            Metric("agreement-psnr", mse, True, "original", finish=decibels),
+            Metric("agreement-top1", agreement, True, "original", scores=True),
         )
     }
 )
@@ -167,22 +188,71 @@ def names() -> tuple[str, ...]:
     return (*METRICS, *plugged)
 
 
-def find(name: str) -> Metric:
-    """Find a metric by name: built in, or a Python entry point of group ``onnxprune.metrics``.
+def find(metric: str | Metric | Callable) -> Metric:
+    """Find a metric: built in, ``module:function``, or a Python entry point of group ``onnxprune.metrics``.
+
+    Parameters
+    ----------
+    metric
+        A name; a function, as :func:`from_function` takes it; or a metric, which is returned.
 
     Raises
     ------
     UsageError
-        No metric has that name, or the plug-in that has it does not load or is no :class:`Metric`.
+        No metric has that name, or what the name leads to does not load or is no metric.
     """
-    if name in METRICS:
-        return METRICS[name]
-    for entry in entry_points(group="onnxprune.metrics", name=name):
-        try:
-            metric = entry.load()
-        except Exception as error:  # a plug-in's import can fail in any way
-            raise UsageError(f"metric {name}: the plug-in {entry.value} does not load: {error}") from error
-        if not isinstance(metric, Metric):
-            raise UsageError(f"metric {name}: the plug-in {entry.value} is not an onnxprune.metrics.Metric")
+    if isinstance(metric, Metric):
         return metric
-    raise UsageError(f"metric {name}: unknown; choose from {', '.join(names())}")
+    if not isinstance(metric, str):
+        return from_function(metric)
+    if metric in METRICS:
+        return METRICS[metric]
+    if ":" in metric:
+        found = named(metric, "metric")
+        return found if isinstance(found, Metric) else from_function(found, metric)
+    for entry in entry_points(group="onnxprune.metrics", name=metric):
+        try:
+            plugged = entry.load()
+        except Exception as error:  # a plug-in's import can fail in any way
+            raise UsageError(f"metric {metric}: the plug-in {entry.value} does not load: {error}") from error
+        if not isinstance(plugged, Metric):
+            raise UsageError(f"metric {metric}: the plug-in {entry.value} is not an onnxprune.metrics.Metric")
+        return plugged
+    raise UsageError(f"metric {metric}: unknown; choose from {', '.join(names())} or name a module:function")
+
+
+def from_function(function: Callable, name: str = "") -> Metric:
+    """Make a metric of a function of a prediction and what was wanted that returns one value per sample.
+
+    Parameters
+    ----------
+    function
+        Both its arguments have samples on axis 0. Its attributes say more: ``higher_is_better`` (True where it has
+        none) and ``needs`` (``target``; else ``label``, ``reference`` or ``original``, as :class:`Metric` has them).
+
+    Raises
+    ------
+    UsageError
+        It cannot be called, or its attributes have other values. The metric raises it where the function fails.
+    """
+    name = name or getattr(function, "__qualname__", type(function).__name__)
+    if not callable(function):
+        raise UsageError(f"metric {name}: is no function but {type(function).__name__}; name a module:function")
+    better: object = getattr(function, "higher_is_better", True)
+    needs: Needs = getattr(function, "needs", "target")
+    if not isinstance(better, bool):
+        raise UsageError(f"metric {name}: its higher_is_better is {better!r}; it must be True or False")
+    if needs not in get_args(Needs):
+        raise UsageError(f"metric {name}: its needs is {needs!r}; it must be one of {', '.join(get_args(Needs))}")
+
+    @wraps(function)
+    def guarded(prediction: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        try:
+            return np.asarray(function(prediction, wanted))
+        except OnnxPruneError:
+            raise
+        except Exception as error:  # a user's function can fail in any way
+            shapes = f"a prediction of shape {prediction.shape}, wanted {wanted.shape}"
+            raise UsageError(f"metric {name}: fails on {shapes}: {told(error)}") from error
+
+    return Metric(name, guarded, better, needs)

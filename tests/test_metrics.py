@@ -1,6 +1,8 @@
 """Metrics equal their definitions, refuse what they cannot compare, and are found by name."""
 
 import math
+import sys
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from hypothesis.extra.numpy import arrays
 
 from onnxprune import metrics
 from onnxprune.errors import UsageError
-from onnxprune.measures import MAX_DB, cosine, mse, psnr, ssim, top1
-from onnxprune.metrics import METRICS, Metric, View, find
+from onnxprune.measures import MAX_DB, agreement, cosine, decibels, mse, psnr, ssim, top1
+from onnxprune.metrics import METRICS, Metric, View, find, from_function
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DOUBLED = Metric("doubled", lambda one, other: 2 * mse(one, other), False, "target")
@@ -43,6 +45,27 @@ def test_value_per_sample(function, prediction, target, expected) -> None:
     """Each function returns the defined value for each sample of axis 0."""
     value = function(np.asarray(prediction), np.asarray(target))
     np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        pytest.param([[0.1, 0.9], [0.8, 0.2]], [100, 0], id="classes"),
+        pytest.param([[[0.1, 0.7], [0.9, 0.3]], [[0.1, 0.1], [0.9, 0.3]]], [50, 100], id="positions"),
+    ],
+)
+def test_agreement_is_the_share_of_equal_decisions(scores: list, expected: list[float]) -> None:
+    """Two models agree where both score the same class highest, here the second."""
+    wanted = np.zeros(np.shape(scores))
+    wanted[:, 1] = 1
+    np.testing.assert_array_equal(agreement(np.asarray(scores), wanted), expected)
+
+
+def test_decibels_of_errors_are_psnr() -> None:
+    """The PSNR of a sample is that of its mean squared error."""
+    prediction, target = pictures(3, 1, 4, 4), pictures(3, 1, 4, 4, seed=1)
+    expected = psnr(prediction, target, peak=2.0)
+    np.testing.assert_array_equal(decibels(mse(prediction, target), 2.0), expected)
 
 
 def test_psnr_is_the_mean_of_decibels() -> None:
@@ -117,6 +140,10 @@ def test_axes_of_length_one_may_differ() -> None:
         pytest.param(lambda: top1(pictures(2, 3), np.array([-1, 0])), "from -1 to 0", id="class-below"),
         pytest.param(lambda: top1(pictures(2, 3), np.array([0, 0, 0])), r"labels of shape \(3,\)", id="label-count"),
         pytest.param(lambda: top1(pictures(2), np.array([0, 1])), r"scores of shape \(2,\)", id="no-classes"),
+        pytest.param(
+            lambda: agreement(pictures(2, 3), pictures(2, 4)), r"found \(2, 3\), \(2, 4\)", id="agreement-of-others"
+        ),
+        pytest.param(lambda: agreement(pictures(2), pictures(2)), r"found \(2,\)", id="agreement-without-classes"),
         pytest.param(lambda: View(output="noise"), "'noise' is unknown; choose direct or residual", id="output"),
         pytest.param(lambda: View(data_range=0), "data range 0 is not above 0", id="data-range"),
         pytest.param(lambda: View(crop_border=-1), "border -1", id="border"),
@@ -216,6 +243,8 @@ def test_registry_states_direction_and_needs() -> None:
         "top1": (True, "label"),
         "cosine": (True, "reference"),
         "mse": (False, "reference"),
+        "agreement-psnr": (True, "original"),
+        "agreement-top1": (True, "original"),
     }
     assert all(find(name) is metric for name, metric in METRICS.items())
 
@@ -247,3 +276,108 @@ def test_metric_not_found(monkeypatch: pytest.MonkeyPatch, name: str, target: st
     plug_in(monkeypatch, target)
     with pytest.raises(UsageError, match=message):
         find(name)
+
+
+# -- metrics of one's own ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module of metrics in the current folder."""
+    (tmp_path / "own_metrics.py").write_text(OWN)
+    (tmp_path / "own_script.py").write_text("raise SystemExit(3)")
+    (tmp_path / "own_broken.py").write_text("import no_such_package")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("own_metrics", "own_script", "own_broken"):
+        sys.modules.pop(name, None)
+
+
+OWN = """
+import numpy as np
+from onnxprune.measures import mse
+from onnxprune.metrics import Metric
+
+def plain(prediction, wanted):
+    return np.abs(prediction - wanted).reshape(len(prediction), -1).max(1)
+
+def labelled(prediction, wanted):
+    return wanted
+labelled.higher_is_better = False
+labelled.needs = "label"
+
+class Space:
+    inner = staticmethod(plain)
+
+ready = Metric("ready", mse, False, "reference")
+number = 3
+
+def unsure(prediction, wanted):
+    return wanted
+unsure.higher_is_better = "yes"
+
+def greedy(prediction, wanted):
+    return wanted
+greedy.needs = "everything"
+
+def failing(prediction, wanted):
+    return prediction[99]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "needs"),
+    [
+        pytest.param("plain", True, "target", id="defaults"),
+        pytest.param("labelled", False, "label", id="attributes"),
+        pytest.param("Space.inner", True, "target", id="dotted"),
+    ],
+)
+def test_function_named_by_its_module(own: Path, name: str, better: bool, needs: str) -> None:
+    """A function of a module in the current folder is a metric of that name; its attributes say what it needs."""
+    path = list(sys.path)
+    metric = find(f"own_metrics:{name}")
+    assert (metric.name, metric.higher_is_better, metric.needs) == (f"own_metrics:{name}", better, needs)
+    assert sys.path == path
+    if needs == "target":
+        np.testing.assert_array_equal(metric.function(np.array([[1.0, 5.0]]), np.array([[0.0, 2.0]])), [3])
+
+
+def test_metric_object_named_by_its_module(own: Path) -> None:
+    """A module may hold a metric ready made, with options that a function cannot state."""
+    assert find("own_metrics:ready").name == "ready"
+
+
+def test_function_and_metric_are_found_as_they_are() -> None:
+    """From Python a function needs no name, and a metric is itself."""
+    assert find(mse).name == "mse"
+    assert find(DOUBLED) is DOUBLED
+    assert from_function(mse, "error").name == "error"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("no_such_module:score", "there is no module no_such_module; install it", id="no-module"),
+        pytest.param("own_metrics.deeper:score", "there is no module|is not a package", id="no-package"),
+        pytest.param("own_metrics:nothing", "module own_metrics has no nothing", id="no-function"),
+        pytest.param("own_metrics:", "write it as module:function", id="no-name"),
+        pytest.param(":plain", "write it as module:function", id="nameless-module"),
+        pytest.param("own_metrics:number", "is no function but int", id="no-callable"),
+        pytest.param("own_metrics:unsure", "higher_is_better is 'yes'; it must be True or False", id="direction"),
+        pytest.param("own_metrics:greedy", "needs is 'everything'; it must be one of target, label", id="needs"),
+        pytest.param("own_broken:score", "importing own_broken fails: No module named 'no_such_package'", id="broken"),
+        pytest.param("own_script:score", "importing own_script fails: SystemExit: 3", id="script"),
+        pytest.param(".own:score", "importing .own fails: TypeError", id="relative"),
+    ],
+)
+def test_name_without_a_function(own: Path, name: str, message: str) -> None:
+    """A module or function that is not there, or is not what it must be, is a usage error that says so."""
+    with pytest.raises(UsageError, match=message):
+        find(name)
+
+
+def test_failing_function(own: Path) -> None:
+    """What a user's function raises is told with the shapes that it was given, not as an internal error."""
+    with pytest.raises(UsageError, match=r"fails on a prediction of shape \(1, 2\), wanted \(1, 2\): IndexError"):
+        find("own_metrics:failing").function(np.zeros((1, 2)), np.zeros((1, 2)))
