@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from onnxprune import onnx_io, pipeline, quality, report
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
+from onnxprune.metrics import METRICS
 from onnxprune.options import Options, silent
 from onnxprune.options import Progress as RunProgress
 from onnxprune.parameters import Amount, InputShape, Numbers
@@ -28,6 +29,7 @@ from onnxprune.passes.select import PRESETS
 from onnxprune.report import Report, text
 
 PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
+METRIC_NAMES = f"{', '.join(METRICS)}, or your own module:function"
 
 
 class DefaultPrune(click.Group):
@@ -167,7 +169,7 @@ def commands() -> None:
 @_target_options
 @_select_options
 @click.option("--data", help="Evaluation data; shows the quality before and after.")
-@click.option("--metric", help="Quality metric for --data: psnr, ssim, top1, cosine, mse.")
+@click.option("--metric", help=f"Quality metric for --data: {METRIC_NAMES}.")
 @_data_options
 @click.option("--max-drop", type=float, help="Refuse a result whose metric falls by more than this.")
 @click.option("--min-quality", type=float, help="Refuse a result whose metric is below this.")
@@ -191,16 +193,18 @@ def prune(model: str, out: str, **given: Any) -> None:
         _check_writes(given, [model], [out, given["json_path"], given["plan_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"])
-        reading = _reading(given)
+        reading, notes = _reading(given), list[str]()
         with _progress(given) as progress:
             result = pipeline.prune(model, options, progress)
-        measured = quality.compare_quality(
-            model, result.model, given["data"], given["metric"], reading=reading, provider=options.provider
-        )
+            measured = quality.compare_quality(
+                model, result.model, given["data"], given["metric"], reading=reading,
+                provider=options.provider, progress=progress, note=notes.append,
+            )  # fmt: skip
         failed = quality.guard(measured, given["max_drop"], given["min_quality"])
         if failed and not given["keep_going"]:
             raise QualityError(f"{failed}; nothing was written (--keep-going writes it all the same)")
-        done = replace(pipeline.write(result, model, out, force=given["force"]), quality=measured)
+        done = pipeline.write(result, model, out, force=given["force"])
+        done = replace(done, quality=measured, notes=(*done.notes, *notes))
         given["written"] = out
         plan = result.plan
         del result
@@ -270,8 +274,12 @@ def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
 @commands.command()
 @click.argument("model")
 @click.option("--data", required=True, help="Evaluation data: .npz, a folder, an ONNX test_data_set.")
-@click.option("--metric", required=True, help="psnr, ssim, top1, cosine or mse.")
-@click.option("--reference", type=click.Path(), help="Model to compare with, where the data has no targets.")
+@click.option("--metric", required=True, help=f"{METRIC_NAMES}.")
+@click.option(
+    "--reference",
+    type=click.Path(),
+    help="Original to compare with: for agreement, or cosine and mse where the data has no targets.",
+)
 @_data_options
 @_model_options
 def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
@@ -291,6 +299,7 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
         content = {
             "schema": 1,
             "quality": {"metric": found.metric, "value": found.value, "samples": found.samples},
+            "notes": notes,
         }
         _write_json(given["json_path"], content)
         if not given["quiet"] and given["json_path"] != "-":

@@ -464,6 +464,34 @@ def test_wrong_options_of_pictures(options: tuple[str, ...]) -> None:
     assert_failed(run("evaluate", DENOISE / "denoise.onnx", *data, *options), 2)
 
 
+@pytest.mark.parametrize("metric", ["agreement-psnr", "agreement-top1"])
+def test_agreement_with_the_original(metric: str, out: Path, tmp_path: Path) -> None:
+    """Pruning needs no labels to say how far a model still agrees with the original; evaluate says the same later."""
+    report = tmp_path / "r.json"
+    data = ("--data", DIGITS / "digits_calib.npz", "--metric", metric)
+    ok(DIGITS / "digits.onnx", out, "--target-mac", "0.5", *data, "--no-latency", "--json", report)
+    written = json.loads(report.read_text())
+    assert written["quality"]["before"] == 100
+    assert 0 < written["quality"]["after"] < 100
+    assert any("the range of the original" in note for note in written["notes"]) == (metric == "agreement-psnr")
+    later = json.loads(ok("evaluate", out, *data, "--reference", DIGITS / "digits.onnx", "--json", "-").stdout)
+    assert later["quality"]["value"] == pytest.approx(written["quality"]["after"], abs=1e-6)
+    assert_failed(run("evaluate", out, *data), 2)
+
+
+def test_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function in a module of the current folder is a metric; a name that leads nowhere is a usage error."""
+    code = ("def worst(one, other):", "    return abs(one - other).reshape(len(one), -1).max(1)")
+    (tmp_path / "cli_metric.py").write_text("\n".join((*code, "worst.higher_is_better = False")))
+    monkeypatch.chdir(tmp_path)
+    data = (DENOISE / "denoise.onnx", "--data", DENOISE / "denoise_eval.npz", "--metric")
+    quality = json.loads(ok("evaluate", *data, "cli_metric:worst", "--json", "-").stdout)["quality"]
+    assert quality["metric"] == "cli_metric:worst"
+    assert 0 < quality["value"] < 1
+    assert_failed(run("evaluate", *data, "cli_metric:best"), 2)
+    assert_failed(run("evaluate", *data, "no_such_module:worst"), 2)
+
+
 @pytest.mark.parametrize(
     ("limit", "keep_going", "code", "written"),
     [
