@@ -192,8 +192,8 @@ def prune(model: str, out: str, **given: Any) -> None:
             raise UsageError("no target; give one, for example --target-mac 0.6")
         _check_writes(given, [model], [out, given["json_path"], given["plan_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
-        quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"])
         reading, notes = _reading(given), list[str]()
+        quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"], reading)
         with _progress(given) as progress:
             result = pipeline.prune(model, options, progress)
             measured = quality.compare_quality(

@@ -58,6 +58,14 @@ class Metric:
         """Whether predictions are read as scores of classes, not as pictures."""
         return self.scores or self.needs == "label"
 
+    def check(self, view: View) -> None:
+        """Raise :class:`UsageError` where pictures are to be changed, and there are none."""
+        if self.of_classes and view.changes:
+            raise UsageError(
+                "residual output, clipping, cropping, luma and rounding are for pictures; "
+                f"metric {self.name} reads scores of classes"
+            )
+
 
 @dataclass(frozen=True)
 class View:

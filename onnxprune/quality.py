@@ -121,7 +121,13 @@ def _same(model: ModelLike, other: ModelLike | None) -> bool:
     return pathlib.Path(model) == pathlib.Path(other)
 
 
-def check_guard(data_path: str | None, metric: str | None, max_drop: float | None, min_quality: float | None) -> None:
+def check_guard(
+    data_path: str | None,
+    metric: str | None,
+    max_drop: float | None,
+    min_quality: float | None,
+    reading: Reading | None = None,
+) -> None:
     """Refuse options that do not belong together, before any work."""
     if (data_path is None) != (metric is None):
         raise UsageError("--data and --metric go together")
@@ -130,7 +136,7 @@ def check_guard(data_path: str | None, metric: str | None, max_drop: float | Non
     if any(value is not None and not np.isfinite(value) for value in (max_drop, min_quality)):
         raise UsageError("--max-drop and --min-quality must be finite numbers")
     if metric is not None:
-        find_metric(metric)
+        find_metric(metric).check(reading or Reading())
 
 
 def guard(quality: tuple[Quality, Quality] | None, max_drop: float | None, min_quality: float | None) -> str | None:

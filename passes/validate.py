@@ -96,11 +96,7 @@ def _judge(
     note: Note,
 ) -> list[Quality]:
     metric, view = find(metric), view or View()
-    if metric.of_classes and view.changes:
-        raise UsageError(
-            "residual output, clipping, cropping, luma and rounding are for pictures; "
-            f"metric {metric.name} reads scores of classes"
-        )
+    metric.check(view)
     stored = _stored(samples, metric, reference)
     name = output or _first_float(sessions[0], samples)
     runs = list(dict.fromkeys([*sessions, *([reference] if reference is not None and stored is None else [])]))

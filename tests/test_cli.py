@@ -464,6 +464,15 @@ def test_wrong_options_of_pictures(options: tuple[str, ...]) -> None:
     assert_failed(run("evaluate", DENOISE / "denoise.onnx", *data, *options), 2)
 
 
+def test_wrong_metric_is_told_before_pruning(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that is unknown, or cannot go with an option, is refused before any work."""
+    monkeypatch.setattr(pipeline, "prune", None)
+    data = ("--target-mac", "0.5", "--data", DIGITS / "digits_eval.npz", "--metric")
+    assert_failed(run(model, out, *data, "top1", "--clip"), 2)
+    assert_failed(run(model, out, *data, "agreement-top1", "--crop-border", "2"), 2)
+    assert_failed(run(model, out, *data, "no_such_module:score"), 2)
+
+
 @pytest.mark.parametrize("metric", ["agreement-psnr", "agreement-top1"])
 def test_agreement_with_the_original(metric: str, out: Path, tmp_path: Path) -> None:
     """Pruning needs no labels to say how far a model still agrees with the original; evaluate says the same later."""
