@@ -9,7 +9,7 @@ import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from onnxprune import onnx_io, pipeline, quality, report
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
+from onnxprune.metrics import METRICS
 from onnxprune.options import Options, silent
 from onnxprune.options import Progress as RunProgress
 from onnxprune.parameters import Amount, InputShape, Numbers
@@ -29,6 +30,7 @@ from onnxprune.report import Report, text
 from onnxprune.report.rows import with_error
 
 PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
+METRIC_NAMES = f"{', '.join(METRICS)}, or your own module:function"
 
 
 class DefaultPrune(click.Group):
@@ -131,7 +133,14 @@ def _data_options(command: Callable) -> Callable:
         (
             click.option("--output", type=click.Choice(["direct", "residual"]), default="direct",
                          help="What the network predicts."),
-            click.option("--clip", is_flag=True, help="Clip images to their range before comparing."),
+            click.option("--clip", is_flag=True, help="Limit predictions to 0..data range before comparing."),
+            click.option("--crop-border", type=click.IntRange(0), default=0, metavar="N",
+                         help="Rows and columns to leave out at each side of a picture."),
+            click.option("--channels", type=click.Choice(["rgb", "y"]), default="rgb", show_default=True,
+                         help="Compare all channels, or the luma (BT.601, 16 to 235) of RGB pictures."),
+            click.option("--data-range", type=float, metavar="X", help="Largest value of a picture (default 1)."),
+            click.option("--round-bits", type=click.IntRange(1, 16), metavar="N",
+                         help="Round pictures (and their luma) to N bits before comparing, as files do: 8."),
             click.option("--scale", type=float, help="Factor for integer data (default for uint8: 1/255)."),
             click.option("--mean", type=Numbers(), help="Subtracted from scaled integer data."),
             click.option("--std", type=Numbers(), help="Divides scaled integer data."),
@@ -142,7 +151,7 @@ def _data_options(command: Callable) -> Callable:
 
 
 def _reading(given: Mapping[str, Any]) -> quality.Reading:
-    return quality.Reading(**{name: given[name] for name in ("output", "clip", "scale", "mean", "std")})
+    return quality.Reading(**{field.name: given[field.name] for field in fields(quality.Reading)})
 
 
 @click.group(cls=DefaultPrune, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -161,7 +170,7 @@ def commands() -> None:
 @_target_options
 @_select_options
 @click.option("--data", help="Evaluation data; shows the quality before and after.")
-@click.option("--metric", help="Quality metric for --data: psnr, ssim, top1, cosine, mse.")
+@click.option("--metric", help=f"Quality metric for --data: {METRIC_NAMES}.")
 @_data_options
 @click.option("--max-drop", type=float, help="Refuse a result whose metric falls by more than this.")
 @click.option("--min-quality", type=float, help="Refuse a result whose metric is below this.")
@@ -184,16 +193,19 @@ def prune(model: str, out: str, **given: Any) -> None:
             raise UsageError("no target; give one, for example --target-mac 0.6")
         _check_writes(given, [model], [out, given["json_path"], given["plan_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
-        quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"])
+        reading, notes = _reading(given), list[str]()
+        quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"], reading)
         with _progress(given) as progress:
             result = pipeline.prune(model, options, progress)
-        measured = quality.compare_quality(
-            model, result.model, given["data"], given["metric"], reading=_reading(given), provider=options.provider
-        )
+            measured = quality.compare_quality(
+                model, result.model, given["data"], given["metric"], reading=reading,
+                provider=options.provider, progress=progress, note=notes.append,
+            )  # fmt: skip
         failed = quality.guard(measured, given["max_drop"], given["min_quality"])
         if failed and not given["keep_going"]:
             raise QualityError(f"{failed}; nothing was written (--keep-going writes it all the same)")
-        done = replace(pipeline.write(result, model, out, force=given["force"]), quality=measured)
+        done = pipeline.write(result, model, out, force=given["force"])
+        done = replace(done, quality=measured, notes=(*done.notes, *notes))
         given["written"] = out
         plan = result.plan
         del result
@@ -263,8 +275,12 @@ def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
 @commands.command()
 @click.argument("model")
 @click.option("--data", required=True, help="Evaluation data: .npz, a folder, an ONNX test_data_set.")
-@click.option("--metric", required=True, help="psnr, ssim, top1, cosine or mse.")
-@click.option("--reference", type=click.Path(), help="Model to compare with, where the data has no targets.")
+@click.option("--metric", required=True, help=f"{METRIC_NAMES}.")
+@click.option(
+    "--reference",
+    type=click.Path(),
+    help="Original to compare with: for agreement, or cosine and mse where the data has no targets.",
+)
 @_data_options
 @_model_options
 def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
@@ -284,6 +300,7 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
         content = {
             "schema": 1,
             "quality": {"metric": found.metric, "value": found.value, "samples": found.samples},
+            "notes": notes,
         }
         _write_json(given["json_path"], content)
         if not given["quiet"] and given["json_path"] != "-":

@@ -16,14 +16,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from onnxprune.arrays import IMAGES, Entry, Inputs, Shape, open_entries, picture, reading, shape_text, tensor
 from onnxprune.errors import UsageError
 
+Part = Literal["all", "search", "check"]
 _WANTED = {"label": ("label", "labels"), "target": ("target", "targets")}
 
 
@@ -41,6 +43,8 @@ class Samples:
         Per feed an array whose axis 0 has ``counts[k]`` entries; None where the data has none.
     batched
         False where a feed is one sample whose axis 0 is no batch axis; its outputs are one sample as a whole, too.
+    fixed_batch
+        Rows that every feed must have, where the model declares its batch.
     notes
         What was decided on the user's behalf.
     """
@@ -51,6 +55,7 @@ class Samples:
     targets: tuple[np.ndarray, ...] | None = None
     batched: bool = True
     notes: tuple[str, ...] = ()
+    fixed_batch: int | None = None
 
     @property
     def n(self) -> int:
@@ -111,7 +116,54 @@ def load(
         targets=_wanted(path, groups, "target", encoding.target),
         batched=not whole,
         notes=tuple(dict.fromkeys(notes)),
+        fixed_batch=None if whole else max(_fixed_batches(inputs), default=None),
     )
+
+
+def part_of(samples: Samples, part: Part) -> Samples:
+    """Return all samples, or one of their :func:`halves`: the one to search with, or the one to check the result on."""
+    if part == "all":
+        return samples
+    if part not in ("search", "check"):
+        raise UsageError(f"part {part!r} of the data is unknown; choose all, search or check")
+    return halves(samples)[part == "check"]
+
+
+def halves(samples: Samples) -> tuple[Samples, Samples]:
+    """Split samples in two that have none in common: the first, third, ..., and the second, fourth, ....
+
+    Rows of a feed are split, too; a fixed batch is filled up again. A single sample has no halves (:class:`UsageError`).
+    """
+    if samples.n < 2:
+        raise UsageError(
+            "the data holds one sample; give two or more, so that a result is checked on others than it fits"
+        )
+    return _every_second(samples, 0), _every_second(samples, 1)
+
+
+def _every_second(samples: Samples, first: int) -> Samples:
+    """Samples number ``first``, ``first + 2``, ... as they are fed, without feeds of which nothing is left."""
+    begins = itertools.accumulate(samples.counts, initial=0)
+    rows = [np.arange((first - begin) % 2, count, 2) for begin, count in zip(begins, samples.counts, strict=False)]
+    kept = [k for k, chosen in enumerate(rows) if len(chosen)]
+
+    def of_those(arrays: tuple[np.ndarray, ...] | None) -> tuple[np.ndarray, ...] | None:
+        return None if arrays is None else tuple(arrays[k][rows[k]] for k in kept)
+
+    return replace(
+        samples,
+        feeds=tuple(_rows_of(samples, k, rows[k]) for k in kept),
+        counts=tuple(len(rows[k]) for k in kept),
+        labels=of_those(samples.labels),
+        targets=of_those(samples.targets),
+    )
+
+
+def _rows_of(samples: Samples, k: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+    if not samples.batched:
+        return samples.feeds[k]
+    missing = max(0, (samples.fixed_batch or 0) - len(rows))
+    return {name: array[np.append(rows, np.repeat(rows[-1:], missing))] for name, array in samples.feeds[k].items()}
 
 
 # -- from files to items -----------------------------------------------------------------------------------------------

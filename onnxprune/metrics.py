@@ -1,25 +1,26 @@
-"""Quality metrics: pure functions of a prediction and what was wanted, and the registry that names them.
+"""Quality metrics: a name, a measure, what it compares with; and how an output is read before it is compared.
 
-Every function takes two arrays whose first axis holds samples (pictures as ``(samples, channels, height, width)``) and
-returns one value per sample; the quality of a model is their mean. More metrics come through Python entry points of
-group ``onnxprune.metrics``, each an object of type :class:`Metric`.
+The quality of a model is the mean of a measure's values per sample (see :mod:`onnxprune.measures`). More metrics are a
+function named ``module:function``, or come through Python entry points of group ``onnxprune.metrics``, each an object of
+type :class:`Metric`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from onnxprune.errors import UsageError
+from onnxprune.errors import OnnxPruneError, UsageError
+from onnxprune.importing import named, told
+from onnxprune.measures import agreement, cosine, decibels, mse, psnr, ssim, top1
 
-MAX_DB = 100.0
-_WINDOW, _SIGMA = 11, 1.5  # Wang et al. 2004
-_K1, _K2 = 0.01, 0.03
+Needs = Literal["target", "label", "reference", "original"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,39 @@ class Metric:
     function
         Takes a prediction and what was wanted, both with samples on axis 0, and returns one value per sample.
     needs
-        What predictions are compared with: ``label`` (class numbers), ``target`` (tensors like the output), or
-        ``reference``: targets if the data has any, else the outputs of a reference model (fidelity to the original).
+        What predictions are compared with: ``label`` (class numbers), ``target`` (tensors like the output),
+        ``original``: the outputs of the original model, or ``reference``: targets if the data has any, else the outputs
+        of the original model.
     options
-        Fields of :class:`View` that the function takes as keywords.
+        Attributes of :class:`View` that the function takes as keywords.
+    scores
+        Whether predictions are scores of classes on axis 1, to which a :class:`View` does not apply; so they are
+        wherever labels are needed.
+    finish
+        Turns the function's values and the data range into the metric's, once the range of the original's outputs over
+        all data is known; that range is used where :class:`View` has none.
     """
 
     name: str
     function: Callable[..., np.ndarray]
     higher_is_better: bool
-    needs: Literal["target", "label", "reference"]
+    needs: Needs
     options: tuple[str, ...] = ()
+    scores: bool = False
+    finish: Callable[[np.ndarray, float], np.ndarray] | None = None
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether predictions are read as scores of classes, not as pictures."""
+        return self.scores or self.needs == "label"
+
+    def check(self, view: View) -> None:
+        """Raise :class:`UsageError` where pictures are to be changed, and there are none."""
+        if self.of_classes and view.changes:
+            raise UsageError(
+                "residual output, clipping, cropping, luma and rounding are for pictures; "
+                f"metric {self.name} reads scores of classes"
+            )
 
 
 @dataclass(frozen=True)
@@ -55,10 +78,14 @@ class View:
         is input minus output.
     clip
         Limit predictions to 0..``peak``.
-    peak
-        The largest value of a picture, as PSNR and SSIM take it.
-    border
+    data_range
+        The largest value of a picture, as PSNR and SSIM take it; 1 where it is not given.
+    crop_border
         Rows and columns cut off at each side, as is usual in super-resolution.
+    channels
+        ``y`` compares the luma of RGB pictures (:func:`luma`) in the place of all their channels.
+    round_bits
+        Round pictures, and the luma made of them, to the values that so many bits can hold, as 8-bit files do.
 
     Raises
     ------
@@ -68,16 +95,35 @@ class View:
 
     output: Literal["direct", "residual"] = "direct"
     clip: bool = False
-    peak: float = 1.0
-    border: int = 0
+    data_range: float | None = None
+    crop_border: int = 0
+    channels: Literal["rgb", "y"] = "rgb"
+    round_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.output not in ("direct", "residual"):
             raise UsageError(f"output {self.output!r} is unknown; choose direct or residual")
+        if self.channels not in ("rgb", "y"):
+            raise UsageError(f"channels {self.channels!r} is unknown; choose rgb or y")
         if not 0 < self.peak < np.inf:
-            raise UsageError(f"peak {self.peak} is not above 0; give the largest value of a picture, such as 1 or 255")
-        if self.border < 0:
-            raise UsageError(f"border {self.border} is below 0; give the number of rows and columns to cut off")
+            raise UsageError(
+                f"data range {self.peak} is not above 0; give the largest value of a picture, such as 1 or 255"
+            )
+        if self.crop_border < 0:
+            raise UsageError(f"border {self.crop_border} is below 0; give the number of rows and columns to cut off")
+        if self.round_bits is not None and not 1 <= self.round_bits <= 16:
+            raise UsageError(f"round bits {self.round_bits}: pictures have 1 to 16 bits; give 8 for 8-bit files")
+
+    @property
+    def peak(self) -> float:
+        """The largest value of a picture: ``data_range``, or 1."""
+        return 1.0 if self.data_range is None else self.data_range
+
+    @property
+    def changes(self) -> bool:
+        """Whether pictures are changed before they are compared."""
+        reads = (self.output, self.channels) != ("direct", "rgb")
+        return reads or self.clip or bool(self.crop_border) or self.round_bits is not None
 
     def predict(self, values: np.ndarray, entered: np.ndarray) -> np.ndarray:
         """Turn the model's output ``values`` on the input ``entered`` into the prediction, not yet cropped."""
@@ -92,104 +138,40 @@ class View:
 
     def crop(self, picture: np.ndarray) -> np.ndarray:
         """Cut the border off the last two axes."""
-        if not self.border:
+        if not self.crop_border:
             return picture
-        if picture.ndim < 3 or min(picture.shape[-2:]) <= 2 * self.border:
-            raise UsageError(f"border {self.border} leaves nothing of a picture of shape {picture.shape[1:]}")
-        inside = slice(self.border, -self.border)
+        if picture.ndim < 3 or min(picture.shape[-2:]) <= 2 * self.crop_border:
+            raise UsageError(f"border {self.crop_border} leaves nothing of a picture of shape {picture.shape[1:]}")
+        inside = slice(self.crop_border, -self.crop_border)
         return picture[..., inside, inside]
 
+    def compared(self, picture: np.ndarray) -> np.ndarray:
+        """Return what of a prediction, or of what was wanted, is compared: cropped, rounded, its luma."""
+        picture = self._rounded(self.crop(picture))
+        return self._rounded(luma(picture, self.peak)) if self.channels == "y" else picture
 
-def _pair(prediction: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 of one shape; axes of length 1 may differ, since they do not move values."""
-    one, other = ([n for n in array.shape[1:] if n != 1] for array in (prediction, wanted))
-    if len(prediction) != len(wanted) or one != other:
-        raise UsageError(
-            f"one prediction has shape {prediction.shape[1:]}, its target {wanted.shape[1:]}; "
-            "targets must be shaped like the model's first output"
-        )
-    return prediction.astype(np.float64), wanted.astype(np.float64).reshape(prediction.shape)
-
-
-def mse(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Mean squared error of each sample."""
-    one, other = _pair(prediction, target)
-    return np.square(one - other).reshape(len(one), -1).mean(1)
+    def _rounded(self, picture: np.ndarray) -> np.ndarray:
+        if self.round_bits is None:
+            return picture
+        steps = 2**self.round_bits - 1
+        return np.rint(picture.astype(np.float64) * (steps / self.peak)) * (self.peak / steps)
 
 
-def psnr(prediction: np.ndarray, target: np.ndarray, *, peak: float = 1.0) -> np.ndarray:
-    """Peak signal-to-noise ratio of each sample in dB, 10 log10(peak^2 / MSE).
-
-    At most 100 dB, which identical pictures have; beyond that float32 says nothing.
-    """
-    with np.errstate(divide="ignore"):
-        return np.minimum(10 * np.log10(peak * peak / mse(prediction, target)), MAX_DB)
-
-
-def cosine(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Cosine of the angle between each sample and its target, both as vectors; 1 where both are 0, 0 where one is."""
-    one, other = (array.reshape(len(array), -1) for array in _pair(prediction, target))
-    lengths = np.linalg.norm(one, axis=1), np.linalg.norm(other, axis=1)
-    product = lengths[0] * lengths[1]
-    both_zero = (lengths[0] == 0) & (lengths[1] == 0)
-    value = np.einsum("ij,ij->i", one, other) / np.where(product > 0, product, 1)
-    return np.where(both_zero, 1.0, value)
-
-
-def top1(scores: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Percentage of each sample's positions whose highest score, on axis 1, is that of the labelled class.
+def luma(picture: np.ndarray, peak: float = 1.0) -> np.ndarray:
+    """Luma of RGB pictures in 0..``peak``: ITU-R BT.601, studio range, so that black is 16/255 and white 235/255 of peak.
 
     Parameters
     ----------
-    scores
-        ``(samples, classes)``, or ``(samples, classes, height, width)`` for a class per pixel.
-    label
-        Class numbers from 0, of the shape of ``scores`` without axis 1.
+    picture
+        ``(samples, 3, height, width)``; the result has one channel.
     """
-    if scores.ndim < 2 or len(label) != len(scores) or label.size * scores.shape[1] != scores.size:
+    if picture.ndim < 4 or picture.shape[-3] != 3:
         raise UsageError(
-            f"top1 takes scores of shape (samples, classes) and one label each; found scores of shape {scores.shape}, "
-            f"labels of shape {label.shape}"
+            f"channels y: a picture has shape {picture.shape[1:]}, luma is made of 3 channels (RGB, height, width); "
+            "a picture of one channel is compared as it is"
         )
-    if label.size and not 0 <= label.min() <= label.max() < scores.shape[1]:
-        raise UsageError(
-            f"labels reach from {label.min()} to {label.max()}, the model knows the classes 0 to {scores.shape[1] - 1}"
-        )
-    hits = scores.argmax(1).reshape(len(scores), -1) == label.reshape(len(scores), -1)
-    return 100.0 * hits.mean(1)
-
-
-def _smooth(picture: np.ndarray) -> np.ndarray:
-    """Weigh the last two axes by the Gaussian window, only where all of it lies inside the picture."""
-    weights = np.exp(-0.5 * np.square(np.arange(_WINDOW) - _WINDOW // 2) / _SIGMA**2)
-    weights /= weights.sum()
-    for axis in (-1, -2):
-        moved = np.moveaxis(picture, axis, -1)
-        n = moved.shape[-1] - _WINDOW + 1
-        picture = np.moveaxis(sum(w * moved[..., k : k + n] for k, w in enumerate(weights)), -1, axis)
-    return picture
-
-
-def ssim(prediction: np.ndarray, target: np.ndarray, *, peak: float = 1.0) -> np.ndarray:
-    """Structural similarity of each sample, the mean over its channels.
-
-    Wang, Bovik, Sheikh, Simoncelli 2004: Gaussian window of 11x11 with sigma 1.5, K1 = 0.01, K2 = 0.03, evaluated where
-    the window lies inside the picture. The last two axes are height and width.
-    """
-    x, y = _pair(prediction, target)
-    if x.ndim < 3 or min(x.shape[-2:]) < _WINDOW:
-        raise UsageError(
-            f"ssim needs pictures of shape (channels, height, width), {_WINDOW} pixels or more each way; "
-            f"found {x.shape[1:]}"
-        )
-    mean_x, mean_y = _smooth(x), _smooth(y)
-    variance_x = _smooth(x * x) - mean_x**2
-    variance_y = _smooth(y * y) - mean_y**2
-    covariance = _smooth(x * y) - mean_x * mean_y
-    c1, c2 = (_K1 * peak) ** 2, (_K2 * peak) ** 2
-    above = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    below = (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
-    return (above / below).reshape(len(x), -1).mean(1)
+    weights = np.array([65.481, 128.553, 24.966]) / 255
+    return np.einsum("c,...chw->...hw", weights, picture.astype(np.float64))[..., None, :, :] + 16 / 255 * peak
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -201,6 +183,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric("top1", top1, True, "label"),
             Metric("cosine", cosine, True, "reference"),
             Metric("mse", mse, False, "reference"),
+            Metric("agreement-psnr", mse, True, "original", finish=decibels),
+            Metric("agreement-top1", agreement, True, "original", scores=True),
         )
     }
 )
@@ -212,22 +196,71 @@ def names() -> tuple[str, ...]:
     return (*METRICS, *plugged)
 
 
-def find(name: str) -> Metric:
-    """Find a metric by name: built in, or a Python entry point of group ``onnxprune.metrics``.
+def find(metric: str | Metric | Callable) -> Metric:
+    """Find a metric: built in, ``module:function``, or a Python entry point of group ``onnxprune.metrics``.
+
+    Parameters
+    ----------
+    metric
+        A name; a function, as :func:`from_function` takes it; or a metric, which is returned.
 
     Raises
     ------
     UsageError
-        No metric has that name, or the plug-in that has it does not load or is no :class:`Metric`.
+        No metric has that name, or what the name leads to does not load or is no metric.
     """
-    if name in METRICS:
-        return METRICS[name]
-    for entry in entry_points(group="onnxprune.metrics", name=name):
-        try:
-            metric = entry.load()
-        except Exception as error:  # a plug-in's import can fail in any way
-            raise UsageError(f"metric {name}: the plug-in {entry.value} does not load: {error}") from error
-        if not isinstance(metric, Metric):
-            raise UsageError(f"metric {name}: the plug-in {entry.value} is not an onnxprune.metrics.Metric")
+    if isinstance(metric, Metric):
         return metric
-    raise UsageError(f"metric {name}: unknown; choose from {', '.join(names())}")
+    if not isinstance(metric, str):
+        return from_function(metric)
+    if metric in METRICS:
+        return METRICS[metric]
+    if ":" in metric:
+        found = named(metric, "metric")
+        return found if isinstance(found, Metric) else from_function(found, metric)
+    for entry in entry_points(group="onnxprune.metrics", name=metric):
+        try:
+            plugged = entry.load()
+        except Exception as error:  # a plug-in's import can fail in any way
+            raise UsageError(f"metric {metric}: the plug-in {entry.value} does not load: {error}") from error
+        if not isinstance(plugged, Metric):
+            raise UsageError(f"metric {metric}: the plug-in {entry.value} is not an onnxprune.metrics.Metric")
+        return plugged
+    raise UsageError(f"metric {metric}: unknown; choose from {', '.join(names())} or name a module:function")
+
+
+def from_function(function: Callable, name: str = "") -> Metric:
+    """Make a metric of a function of a prediction and what was wanted that returns one value per sample.
+
+    Parameters
+    ----------
+    function
+        Both its arguments have samples on axis 0. Its attributes say more: ``higher_is_better`` (True where it has
+        none) and ``needs`` (``target``; else ``label``, ``reference`` or ``original``, as :class:`Metric` has them).
+
+    Raises
+    ------
+    UsageError
+        It cannot be called, or its attributes have other values. The metric raises it where the function fails.
+    """
+    name = name or getattr(function, "__qualname__", type(function).__name__)
+    if not callable(function):
+        raise UsageError(f"metric {name}: is no function but {type(function).__name__}; name a module:function")
+    better: object = getattr(function, "higher_is_better", True)
+    needs: Needs = getattr(function, "needs", "target")
+    if not isinstance(better, bool):
+        raise UsageError(f"metric {name}: its higher_is_better is {better!r}; it must be True or False")
+    if needs not in get_args(Needs):
+        raise UsageError(f"metric {name}: its needs is {needs!r}; it must be one of {', '.join(get_args(Needs))}")
+
+    @wraps(function)
+    def guarded(prediction: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        try:
+            return np.asarray(function(prediction, wanted))
+        except OnnxPruneError:
+            raise
+        except Exception as error:  # a user's function can fail in any way
+            shapes = f"a prediction of shape {prediction.shape}, wanted {wanted.shape}"
+            raise UsageError(f"metric {name}: fails on {shapes}: {told(error)}") from error
+
+    return Metric(name, guarded, better, needs)

@@ -6,27 +6,29 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import onnx
 
 from onnxprune import data, onnx_io, runtime
+from onnxprune.data import Part
 from onnxprune.errors import UsageError
-from onnxprune.metrics import View
+from onnxprune.metrics import Metric, View
 from onnxprune.metrics import find as find_metric
 from onnxprune.options import ModelLike, Progress, silent
 from onnxprune.passes import validate
-from onnxprune.passes.validate import Quality
+from onnxprune.passes.validate import Note, Quality
 from onnxprune.report import Report
 
 
+def silent_note(text: str) -> None:
+    """Keep a note to oneself."""
+
+
 @dataclass(frozen=True)
-class Reading:
+class Reading(View):
     """How data enters a model and how its output is read: see :func:`onnxprune.data.load` and ``metrics.View``."""
 
-    output: Literal["direct", "residual"] = "direct"
-    clip: bool = False
     scale: float | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -35,58 +37,97 @@ class Reading:
 def evaluate(
     model: ModelLike,
     data_path: str | os.PathLike,
-    metric: str,
+    metric: Metric | Callable | str,
     *,
     reference: ModelLike | None = None,
     reading: Reading | None = None,
+    part: Part = "all",
     provider: str = "",
     progress: Progress = silent,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = silent_note,
 ) -> Quality:
     """Measure the quality of a model on a data set (see :mod:`onnxprune.data` for what it may be).
 
     Parameters
     ----------
+    metric
+        A name (``module:function`` names one of your own), a function, or a :class:`onnxprune.metrics.Metric`.
     reference
-        Original to compare with, where ``metric`` measures likeness and the data has no targets.
+        Original to compare with, where ``metric`` measures agreement, or likeness and the data has no targets.
+    part
+        ``search`` and ``check`` are two halves of the data with no sample in common; see :func:`onnxprune.data.halves`.
     note
         Told what was decided on the user's behalf.
     """
-    reading = reading or Reading()
+    metric, reading = find_metric(metric), reading or Reading()
     session = _session(model, provider)
-    path = pathlib.Path(data_path)
-    samples = data.load(path, session.inputs, scale=reading.scale, mean=reading.mean, std=reading.std)
-    for text in samples.notes:
-        note(text)
-    other = _session(reference, provider) if reference is not None else None
+    other = session if _same(model, reference) else _session(reference, provider) if reference is not None else None
     return validate.evaluate(
         session,
-        samples,
+        _samples(data_path, session, reading, part, note),
         metric,
         reference=other,
-        view=View(output=reading.output, clip=reading.clip),
+        view=reading,
         progress=lambda done, total: progress("evaluate", done, total),
+        note=note,
     )
 
 
 def compare_quality(
     before: ModelLike,
     after: ModelLike,
-    data_path: str | None,
-    metric: str | None,
+    data_path: str | os.PathLike | None,
+    metric: Metric | Callable | str | None,
     *,
     reading: Reading | None = None,
+    part: Part = "all",
     provider: str = "",
+    progress: Progress = silent,
+    note: Note = silent_note,
 ) -> tuple[Quality, Quality] | None:
-    """Quality of two models on the same data; None where no data is given."""
+    """Quality of an original and what was made of it on the same data; None where no data is given.
+
+    Each model runs once, also where the metric compares with the original. Parameters are those of :func:`evaluate`.
+    """
     if data_path is None or metric is None:
         return None
-    reference = before if find_metric(metric).needs == "reference" else None
-    first = evaluate(before, data_path, metric, reference=reference, reading=reading, provider=provider)
-    return first, evaluate(after, data_path, metric, reference=reference, reading=reading, provider=provider)
+    metric, reading = find_metric(metric), reading or Reading()
+    first, second = _session(before, provider), _session(after, provider)
+    return validate.compare(
+        first,
+        second,
+        _samples(data_path, first, reading, part, note),
+        metric,
+        view=reading,
+        progress=lambda done, total: progress("evaluate", done, total),
+        note=note,
+    )
 
 
-def check_guard(data_path: str | None, metric: str | None, max_drop: float | None, min_quality: float | None) -> None:
+def _samples(
+    data_path: str | os.PathLike, session: runtime.Session, reading: Reading, part: Part, note: Note
+) -> data.Samples:
+    samples = data.load(
+        pathlib.Path(data_path), session.inputs, scale=reading.scale, mean=reading.mean, std=reading.std
+    )
+    for text in samples.notes:
+        note(text)
+    return data.part_of(samples, part)
+
+
+def _same(model: ModelLike, other: ModelLike | None) -> bool:
+    if isinstance(model, onnx.ModelProto) or isinstance(other, onnx.ModelProto) or other is None:
+        return model is other
+    return pathlib.Path(model) == pathlib.Path(other)
+
+
+def check_guard(
+    data_path: str | None,
+    metric: str | None,
+    max_drop: float | None,
+    min_quality: float | None,
+    reading: Reading | None = None,
+) -> None:
     """Refuse options that do not belong together, before any work."""
     if (data_path is None) != (metric is None):
         raise UsageError("--data and --metric go together")
@@ -95,7 +136,7 @@ def check_guard(data_path: str | None, metric: str | None, max_drop: float | Non
     if any(value is not None and not np.isfinite(value) for value in (max_drop, min_quality)):
         raise UsageError("--max-drop and --min-quality must be finite numbers")
     if metric is not None:
-        find_metric(metric)
+        find_metric(metric).check(reading or Reading())
 
 
 def guard(quality: tuple[Quality, Quality] | None, max_drop: float | None, min_quality: float | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from onnxprune.metrics import Metric, View, find
 from onnxprune.runtime import Session
 
 Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,31 @@ class Quality:
 def evaluate(
     session: Session,
     samples: Samples,
-    metric: Metric | str,
+    metric: Metric | Callable | str,
     *,
     reference: Session | None = None,
     view: View | None = None,
     output: str | None = None,
     progress: Progress | None = None,
+    note: Note = lambda text: None,
 ) -> Quality:
     """Run a model over samples, one feed at a time, and average a metric.
 
     Parameters
     ----------
+    metric
+        A name, a function, or a metric: what :func:`onnxprune.metrics.find` takes.
     reference
-        The original, whose outputs are wanted where ``metric`` needs a reference and the samples have no targets.
+        The original, whose outputs are wanted where ``metric`` needs the original, or needs a reference and the samples
+        have no targets. It may be ``session`` itself, which then runs once.
     view
         How outputs are read as pictures; as they are, with peak 1, by default.
     output
         Name of the output to judge; by default the first one that holds floats.
     progress
         Called after each feed with the samples done and their total.
+    note
+        Told what was decided on the user's behalf.
 
     Raises
     ------
@@ -55,26 +62,80 @@ def evaluate(
     ModelError
         The model cannot run, or predicts NaN.
     """
-    metric = find(metric) if isinstance(metric, str) else metric
-    view = view or View()
-    if metric.needs == "label" and (view.output == "residual" or view.clip):
-        raise UsageError(f"residual output and clipping are for pictures; metric {metric.name} reads scores of classes")
+    (quality,) = _judge((session,), samples, metric, reference, view, output, progress, note)
+    return quality
+
+
+def compare(
+    before: Session,
+    after: Session,
+    samples: Samples,
+    metric: Metric | Callable | str,
+    *,
+    view: View | None = None,
+    output: str | None = None,
+    progress: Progress | None = None,
+    note: Note = lambda text: None,
+) -> tuple[Quality, Quality]:
+    """Judge an original and what was made of it, running each once; the original is the reference of both.
+
+    Parameters and errors are those of :func:`evaluate`.
+    """
+    first, second = _judge((before, after), samples, metric, before, view, output, progress, note)
+    return first, second
+
+
+def _judge(
+    sessions: Sequence[Session],
+    samples: Samples,
+    metric: Metric | Callable | str,
+    reference: Session | None,
+    view: View | None,
+    output: str | None,
+    progress: Progress | None,
+    note: Note,
+) -> list[Quality]:
+    metric, view = find(metric), view or View()
+    metric.check(view)
     stored = _stored(samples, metric, reference)
-    name = output or _first_float(session, samples)
-    if reference is not None and stored is None and name not in reference.outputs:
-        raise UsageError(f"the reference model has no output {name!r}; it has {', '.join(reference.outputs)}")
-    total, done = 0.0, 0
+    name = output or _first_float(sessions[0], samples)
+    runs = list(dict.fromkeys([*sessions, *([reference] if reference is not None and stored is None else [])]))
+    for session in runs:
+        if name not in session.outputs:
+            which = "reference model" if session is reference else "model"
+            raise UsageError(f"the {which} has no output {name!r}; it has {', '.join(session.outputs)}")
+    values: list[list[np.ndarray]] = [[] for _ in sessions]
+    low, high, done = np.inf, -np.inf, 0
     for k, count in enumerate(samples.counts):
-        prediction = _predict(session, samples, k, name, view)
-        if stored is not None:
-            wanted = stored[k]
-        else:
-            wanted = prediction if reference in (None, session) else _predict(reference, samples, k, name, view)
-        total += _measure(metric, view, prediction, wanted, f"samples {done} to {done + count - 1}") * count
+        predictions = {session: _predict(session, samples, k, name, view) for session in runs}
+        wanted = stored[k] if stored is not None else predictions[reference]  # type: ignore[index]
+        if not metric.of_classes:
+            predictions = {session: view.compared(prediction) for session, prediction in predictions.items()}
+            wanted = view.compared(wanted)
+        if metric.finish is not None:
+            low, high = min(low, float(wanted.min())), max(high, float(wanted.max()))
+        for found, session in zip(values, sessions, strict=True):
+            found.append(_measure(metric, view, predictions[session], wanted, f"samples {done} to {done + count - 1}"))
         done += count
         if progress is not None:
             progress(done, samples.n)
-    return Quality(metric.name, total / done, done, metric.higher_is_better)
+    per_sample = [np.concatenate(found) for found in values]
+    if metric.finish is not None:
+        peak = view.data_range or _own_range(metric, low, high, note)
+        per_sample = [metric.finish(errors, peak) for errors in per_sample]
+    return [Quality(metric.name, float(one.mean()), done, metric.higher_is_better) for one in per_sample]
+
+
+def _own_range(metric: Metric, low: float, high: float, note: Note) -> float:
+    """Range of the original's outputs over the data, which a network that computes no pictures has for a peak."""
+    if not 0 < high - low < np.inf:
+        raise UsageError(
+            f"metric {metric.name}: the original's output reaches from {low:g} to {high:g}; give a data range"
+        )
+    note(
+        f"{metric.name}: peak {high - low:.6g}, the range of the original's output on this data; a data range fixes it"
+    )
+    return high - low
 
 
 def drop(before: Quality, after: Quality) -> float:
@@ -87,12 +148,17 @@ def drop(before: Quality, after: Quality) -> float:
 
 
 def _stored(samples: Samples, metric: Metric, reference: Session | None) -> tuple[np.ndarray, ...] | None:
-    """Find what the data says is wanted, one array per feed; None where the reference's outputs are."""
+    """Find what the data says is wanted, one array per feed; None where the original's outputs are."""
+    if metric.needs == "original":
+        if reference is None:
+            raise UsageError(f"metric {metric.name} compares with the original model; give it as the reference model")
+        return None
     stored = samples.labels if metric.needs == "label" else samples.targets
     if stored is None and metric.needs != "reference":
+        other = "agreement-top1" if metric.needs == "label" else "agreement-psnr, cosine or mse"
         raise UsageError(
             f"metric {metric.name} needs a {metric.needs} per sample, the data holds none; add an array "
-            f"{metric.needs!r}, or use cosine or mse, which compare with the original model"
+            f"{metric.needs!r}, or use {other} to compare with the original model"
         )
     if stored is None and reference is None:
         raise UsageError(
@@ -130,12 +196,16 @@ def _predict(session: Session, samples: Samples, k: int, name: str, view: View) 
     return values[: samples.counts[k]]
 
 
-def _measure(metric: Metric, view: View, prediction: np.ndarray, wanted: np.ndarray, where: str) -> float:
-    """Mean of the metric over the samples of one feed."""
-    if metric.needs != "label":
-        prediction, wanted = view.crop(prediction), view.crop(wanted)
-    values = metric.function(prediction, wanted, **{name: getattr(view, name) for name in metric.options})
-    value = float(np.mean(values, dtype=np.float64))
-    if not np.isfinite(value):
+def _measure(metric: Metric, view: View, prediction: np.ndarray, wanted: np.ndarray, where: str) -> np.ndarray:
+    """Compute the metric of each sample of one feed."""
+    options = {name: getattr(view, name) for name in metric.options}
+    values = np.asarray(metric.function(prediction, wanted, **options))
+    if values.shape != prediction.shape[:1] or values.dtype.kind not in "biuf":
+        raise UsageError(
+            f"metric {metric.name} returns {values.dtype} of shape {values.shape} for {len(prediction)} samples; "
+            "it must return one number per sample"
+        )
+    if not np.isfinite(values).all():
+        value = float(np.mean(values, dtype=np.float64))
         raise ModelError(f"metric {metric.name} is {value} for {where}; the model cannot be judged on this data")
-    return value
+    return values.astype(np.float64)

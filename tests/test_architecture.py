@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
-    {"model"},
+    {"model", "measures", "importing"},
     {"labels"},
     {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos"},
     {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers"},

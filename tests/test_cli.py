@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -426,6 +427,78 @@ def test_evaluate_agrees_with_the_readme(
     text = ok("evaluate", *arguments).stdout
     assert text.split()[0] == metric
     assert f"over {samples} samples" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        pytest.param(("--data-range", "255"), 20 * math.log10(255), id="data_range"),
+        pytest.param(("--crop-border", "8"), None, id="crop_border"),
+        pytest.param(("--clip",), None, id="clip"),
+        pytest.param(("--round-bits", "4"), None, id="round_bits"),
+        pytest.param(("--output", "residual"), None, id="output"),
+    ],
+)
+def test_options_of_pictures_reach_the_metric(options: tuple[str, ...], change: float | None) -> None:
+    """Each option of how a picture is read changes the quality, by as much as can be told beforehand."""
+    arguments = (DENOISE / "denoise.onnx", "--data", DENOISE / "denoise_eval.npz", "--metric", "psnr", "--json", "-")
+    plain, other = (json.loads(ok("evaluate", *arguments, *more).stdout)["quality"]["value"] for more in ((), options))
+    assert other != plain
+    assert change is None or other - plain == pytest.approx(change, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--crop-border", "-1"), id="crop_border"),
+        pytest.param(("--channels", "hsv"), id="channels"),
+        pytest.param(("--channels", "y"), id="luma_of_grey"),
+        pytest.param(("--data-range", "0"), id="data_range"),
+        pytest.param(("--data-range", "nan"), id="data_range_nan"),
+        pytest.param(("--round-bits", "0"), id="round_bits"),
+    ],
+)
+def test_wrong_options_of_pictures(options: tuple[str, ...]) -> None:
+    """A value out of range, or one that does not fit the pictures, is a usage error."""
+    data = ("--data", DENOISE / "denoise_eval.npz", "--metric", "psnr")
+    assert_failed(run("evaluate", DENOISE / "denoise.onnx", *data, *options), 2)
+
+
+def test_wrong_metric_is_told_before_pruning(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that is unknown, or cannot go with an option, is refused before any work."""
+    monkeypatch.setattr(pipeline, "prune", None)
+    data = ("--target-mac", "0.5", "--data", DIGITS / "digits_eval.npz", "--metric")
+    assert_failed(run(model, out, *data, "top1", "--clip"), 2)
+    assert_failed(run(model, out, *data, "agreement-top1", "--crop-border", "2"), 2)
+    assert_failed(run(model, out, *data, "no_such_module:score"), 2)
+
+
+@pytest.mark.parametrize("metric", ["agreement-psnr", "agreement-top1"])
+def test_agreement_with_the_original(metric: str, out: Path, tmp_path: Path) -> None:
+    """Pruning needs no labels to say how far a model still agrees with the original; evaluate says the same later."""
+    report = tmp_path / "r.json"
+    data = ("--data", DIGITS / "digits_calib.npz", "--metric", metric)
+    ok(DIGITS / "digits.onnx", out, "--target-mac", "0.5", *data, "--no-latency", "--json", report)
+    written = json.loads(report.read_text())
+    assert written["quality"]["before"] == 100
+    assert 0 < written["quality"]["after"] < 100
+    assert any("the range of the original" in note for note in written["notes"]) == (metric == "agreement-psnr")
+    later = json.loads(ok("evaluate", out, *data, "--reference", DIGITS / "digits.onnx", "--json", "-").stdout)
+    assert later["quality"]["value"] == pytest.approx(written["quality"]["after"], abs=1e-6)
+    assert_failed(run("evaluate", out, *data), 2)
+
+
+def test_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function in a module of the current folder is a metric; a name that leads nowhere is a usage error."""
+    code = ("def worst(one, other):", "    return abs(one - other).reshape(len(one), -1).max(1)")
+    (tmp_path / "cli_metric.py").write_text("\n".join((*code, "worst.higher_is_better = False")))
+    monkeypatch.chdir(tmp_path)
+    data = (DENOISE / "denoise.onnx", "--data", DENOISE / "denoise_eval.npz", "--metric")
+    quality = json.loads(ok("evaluate", *data, "cli_metric:worst", "--json", "-").stdout)["quality"]
+    assert quality["metric"] == "cli_metric:worst"
+    assert 0 < quality["value"] < 1
+    assert_failed(run("evaluate", *data, "cli_metric:best"), 2)
+    assert_failed(run("evaluate", *data, "no_such_module:worst"), 2)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
-from onnxprune.data import Inputs, Samples, load
+from onnxprune.data import Inputs, Samples, halves, load, part_of
 from onnxprune.errors import FileError, OnnxPruneError, UsageError
 from onnxprune.runtime import Session
 
@@ -174,6 +174,75 @@ def test_input_may_be_called_label(tmp_path: Path) -> None:
     samples = load(npz(tmp_path, label=floats(3, 2)), {"label": (("n", 2), FLOAT)})
     assert samples.labels is None
     assert shapes(samples, "label") == [(3, 2)]
+
+
+# -- halves ------------------------------------------------------------------------------------------------------------
+
+
+def numbers(samples: Samples) -> list[float]:
+    """Return the first value of every sample, as it is fed."""
+    rows = [feed["x"][:count] for feed, count in zip(samples.feeds, samples.counts, strict=True)]
+    return np.concatenate(rows).reshape(samples.n, -1)[:, 0].tolist()
+
+
+@given(st.integers(2, 20), st.integers(1, 7), st.sampled_from(["n", 1, 3, 4]))
+def test_halves_share_no_sample(n: int, batch: int, declared: int | str) -> None:
+    """Every second sample is in one half, the others in the other, with their labels, and fixed batches are full."""
+    array = np.arange(2 * n, dtype=np.float32).reshape(n, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = npz(Path(folder), x=array, label=np.arange(n), target=array + 1)
+        samples = load(path, {"x": ((declared, 2), FLOAT)}, batch=batch)
+    for first, half in enumerate(halves(samples)):
+        assert numbers(half) == array[first::2, 0].tolist()
+        assert np.concatenate(half.labels).tolist() == list(range(n))[first::2]
+        np.testing.assert_array_equal(np.concatenate(half.targets), array[first::2] + 1)
+        assert 0 not in half.counts
+        assert all(len(feed["x"]) == declared for feed in half.feeds if isinstance(declared, int))
+
+
+def test_rows_that_fill_a_batch_are_in_no_half(tmp_path: Path) -> None:
+    """A batch is filled up with the half's own last sample, not with one of the other half."""
+    samples = load(npz(tmp_path, x=np.arange(6, dtype=np.float32).reshape(6, 1)), {"x": ((4, 1), FLOAT)})
+    search, check = halves(samples)
+    assert [feed["x"].ravel().tolist() for feed in search.feeds] == [[0, 2, 2, 2], [4, 4, 4, 4]]
+    assert [feed["x"].ravel().tolist() for feed in check.feeds] == [[1, 3, 3, 3], [5, 5, 5, 5]]
+    assert (search.counts, check.counts) == ((2, 1), (2, 1))
+
+
+def test_halves_of_samples_of_different_sizes(tmp_path: Path) -> None:
+    """Samples that are fed one by one alternate; a feed of which nothing is left goes."""
+    arrays = {f"x_{k}": np.full((1, 4, 4 + k), k, np.float32) for k in range(3)}
+    search, check = halves(load(npz(tmp_path, **arrays), ANY_SIZE))
+    assert (numbers_of_feeds(search), numbers_of_feeds(check)) == ([0, 2], [1])
+
+
+def numbers_of_feeds(samples: Samples) -> list[float]:
+    """Return the first value of every feed."""
+    return [float(feed["x"].ravel()[0]) for feed in samples.feeds]
+
+
+def test_halves_of_feeds_without_batch_axis(tmp_path: Path) -> None:
+    """Where a feed as a whole is one sample, it is never taken apart."""
+    array = np.arange(5, dtype=np.float32)[:, None, None] * np.ones((1, 6, 7), np.float32)
+    search, check = halves(load(npz(tmp_path, x=array, target=array), {"x": (("h", "w"), FLOAT)}))
+    assert (numbers_of_feeds(search), numbers_of_feeds(check)) == ([0, 2, 4], [1, 3])
+    assert shapes(search, "x") == [(6, 7)] * 3
+    assert [target.shape for target in check.targets] == [(1, 6, 7)] * 2
+
+
+def test_parts_are_all_and_the_halves(tmp_path: Path) -> None:
+    """A part is named; another name is a usage error."""
+    samples = load(npz(tmp_path, x=np.arange(4, dtype=np.float32).reshape(4, 1)), {"x": (("n", 1), FLOAT)})
+    assert part_of(samples, "all") is samples
+    assert (numbers(part_of(samples, "search")), numbers(part_of(samples, "check"))) == ([0, 2], [1, 3])
+    with pytest.raises(UsageError, match="part 'train' of the data is unknown; choose all, search or check"):
+        part_of(samples, "train")
+
+
+def test_one_sample_has_no_halves(tmp_path: Path) -> None:
+    """A result cannot be checked on another sample than it fits where there is but one."""
+    with pytest.raises(UsageError, match="holds one sample; give two or more"):
+        halves(load(npz(tmp_path, x=floats(1, 1, 4, 4)), ANY_SIZE))
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

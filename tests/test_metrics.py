@@ -1,6 +1,8 @@
 """Metrics equal their definitions, refuse what they cannot compare, and are found by name."""
 
 import math
+import sys
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from hypothesis.extra.numpy import arrays
 
 from onnxprune import metrics
 from onnxprune.errors import UsageError
-from onnxprune.metrics import METRICS, Metric, View, cosine, find, mse, psnr, ssim, top1
+from onnxprune.measures import MAX_DB, agreement, cosine, decibels, mse, psnr, ssim, top1
+from onnxprune.metrics import METRICS, Metric, View, find, from_function
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DOUBLED = Metric("doubled", lambda one, other: 2 * mse(one, other), False, "target")
@@ -44,6 +47,27 @@ def test_value_per_sample(function, prediction, target, expected) -> None:
     np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        pytest.param([[0.1, 0.9], [0.8, 0.2]], [100, 0], id="classes"),
+        pytest.param([[[0.1, 0.7], [0.9, 0.3]], [[0.1, 0.1], [0.9, 0.3]]], [50, 100], id="positions"),
+    ],
+)
+def test_agreement_is_the_share_of_equal_decisions(scores: list, expected: list[float]) -> None:
+    """Two models agree where both score the same class highest, here the second."""
+    wanted = np.zeros(np.shape(scores))
+    wanted[:, 1] = 1
+    np.testing.assert_array_equal(agreement(np.asarray(scores), wanted), expected)
+
+
+def test_decibels_of_errors_are_psnr() -> None:
+    """The PSNR of a sample is that of its mean squared error."""
+    prediction, target = pictures(3, 1, 4, 4), pictures(3, 1, 4, 4, seed=1)
+    expected = psnr(prediction, target, peak=2.0)
+    np.testing.assert_array_equal(decibels(mse(prediction, target), 2.0), expected)
+
+
 def test_psnr_is_the_mean_of_decibels() -> None:
     """Each sample has its own PSNR: the mean over samples is not the PSNR of the pooled error."""
     value = psnr(np.array([[0.1], [0.01]]), np.zeros((2, 1)))
@@ -67,22 +91,23 @@ def test_bounds(picture: np.ndarray) -> None:
     assert (np.abs(ssim(picture, target)) <= 1 + 1e-9).all()
     assert (np.abs(cosine(picture, target)) <= 1 + 1e-9).all()
     assert (mse(picture, target) >= 0).all()
-    assert (psnr(picture, picture) == metrics.MAX_DB).all()
+    assert (psnr(picture, picture) == MAX_DB).all()
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_ssim_equals_scikit_image(channels: int) -> None:
-    """SSIM agrees with scikit-image's, with the same window and constants, to 1e-9."""
+@pytest.mark.parametrize("peak", [1.0, 255.0])
+@pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
+def test_ssim_equals_scikit_image(channels: int, peak: float) -> None:
+    """SSIM of grey and RGB pictures agrees with scikit-image's, with the same window and constants, to 1e-9."""
     reference = pytest.importorskip("skimage.metrics")
-    target = pictures(2, channels, 40, 31)
-    noisy = np.clip(target + 0.2 * pictures(2, channels, 40, 31, seed=1), 0, 1)
+    target = pictures(2, channels, 40, 31) * peak
+    noisy = np.clip(target + 0.2 * peak * pictures(2, channels, 40, 31, seed=1), 0, peak)
     expected = [
         reference.structural_similarity(
-            one, other, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=0
+            one, other, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=peak, channel_axis=0
         )
         for one, other in zip(noisy, target, strict=True)
     ]
-    np.testing.assert_allclose(ssim(noisy, target), expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(ssim(noisy, target, peak=peak), expected, rtol=0, atol=1e-9)
 
 
 def test_ssim_equals_scikit_image_on_photographs() -> None:
@@ -115,10 +140,21 @@ def test_axes_of_length_one_may_differ() -> None:
         pytest.param(lambda: top1(pictures(2, 3), np.array([-1, 0])), "from -1 to 0", id="class-below"),
         pytest.param(lambda: top1(pictures(2, 3), np.array([0, 0, 0])), r"labels of shape \(3,\)", id="label-count"),
         pytest.param(lambda: top1(pictures(2), np.array([0, 1])), r"scores of shape \(2,\)", id="no-classes"),
+        pytest.param(
+            lambda: agreement(pictures(2, 3), pictures(2, 4)), r"found \(2, 3\), \(2, 4\)", id="agreement-of-others"
+        ),
+        pytest.param(lambda: agreement(pictures(2), pictures(2)), r"found \(2,\)", id="agreement-without-classes"),
         pytest.param(lambda: View(output="noise"), "'noise' is unknown; choose direct or residual", id="output"),
-        pytest.param(lambda: View(peak=0), "peak 0", id="peak"),
-        pytest.param(lambda: View(border=-1), "border -1", id="border"),
-        pytest.param(lambda: View(border=2).crop(pictures(1, 1, 4, 9)), "leaves nothing", id="border-too-wide"),
+        pytest.param(lambda: View(data_range=0), "data range 0 is not above 0", id="data-range"),
+        pytest.param(lambda: View(crop_border=-1), "border -1", id="border"),
+        pytest.param(lambda: View(channels="hsv"), "'hsv' is unknown; choose rgb or y", id="channels"),
+        pytest.param(lambda: View(round_bits=0), "round bits 0: pictures have 1 to 16", id="round-bits"),
+        pytest.param(
+            lambda: View(channels="y").compared(pictures(2, 1, 4, 4)),
+            r"shape \(1, 4, 4\).*3 channels",
+            id="luma-of-grey",
+        ),
+        pytest.param(lambda: View(crop_border=2).crop(pictures(1, 1, 4, 9)), "leaves nothing", id="border-too-wide"),
         pytest.param(
             lambda: View(output="residual").predict(pictures(1, 1, 8, 8), pictures(1, 1, 4, 4)),
             r"output has shape \(1, 1, 8, 8\), the input \(1, 1, 4, 4\)",
@@ -137,7 +173,7 @@ def test_refusal(call, message: str) -> None:
     [
         pytest.param(View(), [2.0, -1.0], id="direct"),
         pytest.param(View(clip=True), [1.0, 0.0], id="clip"),
-        pytest.param(View(clip=True, peak=1.5), [1.5, 0.0], id="clip-to-peak"),
+        pytest.param(View(clip=True, data_range=1.5), [1.5, 0.0], id="clip-to-peak"),
         pytest.param(View(output="residual"), [-1.5, 1.5], id="residual"),
         pytest.param(View(output="residual", clip=True), [0.0, 1.0], id="residual-then-clip"),
     ],
@@ -150,8 +186,52 @@ def test_view_reads_the_output(view: View, expected: list[float]) -> None:
 def test_view_crops_the_last_two_axes() -> None:
     """The border goes from all four sides of a picture; without one the picture stays."""
     picture = pictures(1, 3, 8, 9)
-    np.testing.assert_array_equal(View(border=2).crop(picture), picture[:, :, 2:6, 2:7])
+    np.testing.assert_array_equal(View(crop_border=2).crop(picture), picture[:, :, 2:6, 2:7])
     assert View().crop(picture) is picture
+
+
+@pytest.mark.parametrize("peak", [1.0, 255.0])
+@pytest.mark.parametrize(
+    ("colour", "level"),
+    [
+        pytest.param((0, 0, 0), 16, id="black"),
+        pytest.param((1, 1, 1), 235, id="white"),
+        pytest.param((1, 0, 0), 81.481, id="red"),
+        pytest.param((0, 1, 0), 144.553, id="green"),
+        pytest.param((0, 0, 1), 40.966, id="blue"),
+    ],
+)
+def test_luma_is_that_of_bt601(colour: tuple[int, ...], level: float, peak: float) -> None:
+    """Luma reaches from 16 to 235 of 255, whatever the largest value of a picture."""
+    picture = np.broadcast_to(np.reshape(colour, (1, 3, 1, 1)) * peak, (1, 3, 4, 5))
+    found = View(channels="y", data_range=peak).compared(picture)
+    np.testing.assert_allclose(found, np.full((1, 1, 4, 5), level / 255 * peak), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        pytest.param(View(round_bits=8), [0.0, 100 / 255, 1.0], id="8-bit"),
+        pytest.param(View(round_bits=1), [0.0, 0.0, 1.0], id="1-bit"),
+        pytest.param(View(round_bits=8, data_range=255), [0.0, 0.0, 1.0], id="levels-of-255"),
+        pytest.param(View(), [0.001, 0.3922, 0.999], id="not-rounded"),
+    ],
+)
+def test_rounding_to_bits(view: View, expected: list[float]) -> None:
+    """Values are rounded to the levels that so many bits have between 0 and the largest value."""
+    found = view.compared(np.array([0.001, 0.3922, 0.999]).reshape(1, 1, 1, 3))
+    np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=1e-12)
+
+
+@given(arrays(np.float32, (1, 3, 6, 7), elements=st.floats(0, 1, width=32)))
+def test_rounded_luma_is_that_of_rounded_pictures(picture: np.ndarray) -> None:
+    """The protocol of super-resolution: a picture of whole levels, its luma in whole levels again, then the border off."""
+    found = View(channels="y", round_bits=8, crop_border=1).compared(picture)
+    levels = np.rint(picture.astype(np.float64) * 255)
+    expected = 16 + np.tensordot([65.481, 128.553, 24.966], levels[0] / 255, axes=1)
+    assert found.shape == (1, 1, 4, 5)
+    np.testing.assert_allclose(found * 255, np.rint(found * 255), rtol=0, atol=1e-9)
+    assert np.abs(found[0, 0] * 255 - expected[1:-1, 1:-1]).max() <= 0.5 + 1e-9
 
 
 def test_registry_states_direction_and_needs() -> None:
@@ -163,6 +243,8 @@ def test_registry_states_direction_and_needs() -> None:
         "top1": (True, "label"),
         "cosine": (True, "reference"),
         "mse": (False, "reference"),
+        "agreement-psnr": (True, "original"),
+        "agreement-top1": (True, "original"),
     }
     assert all(find(name) is metric for name, metric in METRICS.items())
 
@@ -194,3 +276,108 @@ def test_metric_not_found(monkeypatch: pytest.MonkeyPatch, name: str, target: st
     plug_in(monkeypatch, target)
     with pytest.raises(UsageError, match=message):
         find(name)
+
+
+# -- metrics of one's own ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module of metrics in the current folder."""
+    (tmp_path / "own_metrics.py").write_text(OWN)
+    (tmp_path / "own_script.py").write_text("raise SystemExit(3)")
+    (tmp_path / "own_broken.py").write_text("import no_such_package")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("own_metrics", "own_script", "own_broken"):
+        sys.modules.pop(name, None)
+
+
+OWN = """
+import numpy as np
+from onnxprune.measures import mse
+from onnxprune.metrics import Metric
+
+def plain(prediction, wanted):
+    return np.abs(prediction - wanted).reshape(len(prediction), -1).max(1)
+
+def labelled(prediction, wanted):
+    return wanted
+labelled.higher_is_better = False
+labelled.needs = "label"
+
+class Space:
+    inner = staticmethod(plain)
+
+ready = Metric("ready", mse, False, "reference")
+number = 3
+
+def unsure(prediction, wanted):
+    return wanted
+unsure.higher_is_better = "yes"
+
+def greedy(prediction, wanted):
+    return wanted
+greedy.needs = "everything"
+
+def failing(prediction, wanted):
+    return prediction[99]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "needs"),
+    [
+        pytest.param("plain", True, "target", id="defaults"),
+        pytest.param("labelled", False, "label", id="attributes"),
+        pytest.param("Space.inner", True, "target", id="dotted"),
+    ],
+)
+def test_function_named_by_its_module(own: Path, name: str, better: bool, needs: str) -> None:
+    """A function of a module in the current folder is a metric of that name; its attributes say what it needs."""
+    path = list(sys.path)
+    metric = find(f"own_metrics:{name}")
+    assert (metric.name, metric.higher_is_better, metric.needs) == (f"own_metrics:{name}", better, needs)
+    assert sys.path == path
+    if needs == "target":
+        np.testing.assert_array_equal(metric.function(np.array([[1.0, 5.0]]), np.array([[0.0, 2.0]])), [3])
+
+
+def test_metric_object_named_by_its_module(own: Path) -> None:
+    """A module may hold a metric ready made, with options that a function cannot state."""
+    assert find("own_metrics:ready").name == "ready"
+
+
+def test_function_and_metric_are_found_as_they_are() -> None:
+    """From Python a function needs no name, and a metric is itself."""
+    assert find(mse).name == "mse"
+    assert find(DOUBLED) is DOUBLED
+    assert from_function(mse, "error").name == "error"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("no_such_module:score", "there is no module no_such_module; install it", id="no-module"),
+        pytest.param("own_metrics.deeper:score", "there is no module|is not a package", id="no-package"),
+        pytest.param("own_metrics:nothing", "module own_metrics has no nothing", id="no-function"),
+        pytest.param("own_metrics:", "write it as module:function", id="no-name"),
+        pytest.param(":plain", "write it as module:function", id="nameless-module"),
+        pytest.param("own_metrics:number", "is no function but int", id="no-callable"),
+        pytest.param("own_metrics:unsure", "higher_is_better is 'yes'; it must be True or False", id="direction"),
+        pytest.param("own_metrics:greedy", "needs is 'everything'; it must be one of target, label", id="needs"),
+        pytest.param("own_broken:score", "importing own_broken fails: No module named 'no_such_package'", id="broken"),
+        pytest.param("own_script:score", "importing own_script fails: SystemExit: 3", id="script"),
+        pytest.param(".own:score", "importing .own fails: TypeError", id="relative"),
+    ],
+)
+def test_name_without_a_function(own: Path, name: str, message: str) -> None:
+    """A module or function that is not there, or is not what it must be, is a usage error that says so."""
+    with pytest.raises(UsageError, match=message):
+        find(name)
+
+
+def test_failing_function(own: Path) -> None:
+    """What a user's function raises is told with the shapes that it was given, not as an internal error."""
+    with pytest.raises(UsageError, match=r"fails on a prediction of shape \(1, 2\), wanted \(1, 2\): IndexError"):
+        find("own_metrics:failing").function(np.zeros((1, 2)), np.zeros((1, 2)))

@@ -11,7 +11,7 @@ from onnxprune import data
 from onnxprune.data import Samples
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.metrics import Metric, View
-from onnxprune.passes.validate import Quality, drop, evaluate
+from onnxprune.passes.validate import Quality, compare, drop, evaluate
 from onnxprune.runtime import Session
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -34,13 +34,14 @@ def samples(session: Session, name: str, limit: int | None = None, batch: int = 
     return data.load(FIXTURES / name.partition("_")[0] / f"{name}.npz", session.inputs, limit, batch=batch)
 
 
-def session_of(nodes: str, shape: list, result: list, kind: str = "float") -> Session:
+def session_of(
+    nodes: str, shape: list, result: list, kind: str = "float", output: str = "y", make: type[Session] = Session
+) -> Session:
     """Build a model from text: input x of ``shape``, output y of ``result``."""
     declared = [",".join(map(str, axes)) for axes in (shape, result)]
-    text = (
-        f'<ir_version: 8, opset_import: ["": 17]> g (float[{declared[0]}] x) => ({kind}[{declared[1]}] y) {{ {nodes} }}'
-    )
-    return Session(onnx.parser.parse_model(text).SerializeToString())
+    signature = f"(float[{declared[0]}] x) => ({kind}[{declared[1]}] {output})"
+    text = f'<ir_version: 8, opset_import: ["": 17]> g {signature} {{ {nodes} }}'
+    return make(onnx.parser.parse_model(text).SerializeToString())
 
 
 def batch_of(*values: float, targets: list | None = None, labels: list | None = None, **options) -> Samples:
@@ -88,7 +89,7 @@ def _renamed(nodes: str, shape: list) -> bytes:
 
 @pytest.mark.parametrize(
     ("view", "better"),
-    [pytest.param(View(clip=True), True, id="clip"), pytest.param(View(border=8), False, id="border")],
+    [pytest.param(View(clip=True), True, id="clip"), pytest.param(View(crop_border=8), False, id="border")],
 )
 def test_view_changes_psnr(denoise: Session, view: View, better: bool) -> None:
     """Clipping can only lower the error where the target is in range; cutting a border changes what is measured."""
@@ -119,6 +120,115 @@ def test_targets_go_before_the_reference() -> None:
     reference = session_of("y = Neg(x)", ["N", 1], ["N", 1])
     assert evaluate(session_of(*IDENTITY), given, "mse", reference=reference).value == pytest.approx(0.25)
     assert evaluate(session_of(*IDENTITY), batch_of(1.0, 2.0), "mse", reference=reference).value == pytest.approx(10)
+
+
+# -- agreement with the original ---------------------------------------------------------------------------------------
+
+
+class Counted(Session):
+    """A session that counts its runs."""
+
+    runs = 0
+
+    def run(self, *args, **options) -> list:
+        """Run once more."""
+        self.runs += 1
+        return super().run(*args, **options)
+
+
+DOUBLE = ("y = Add(x, x)", ["N", 1], ["N", 1])
+
+
+def two_feeds(**wanted: tuple[np.ndarray, ...]) -> Samples:
+    """Three samples, 1, 2 and 5, in two feeds."""
+    feeds = tuple({"x": np.array(values, np.float32)[:, None]} for values in ([1.0, 2.0], [5.0]))
+    return Samples(feeds, (2, 1), **wanted)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        pytest.param({}, id="alone"),
+        pytest.param({"targets": (np.full((2, 1), 9.0), np.full((1, 1), 9.0))}, id="targets"),
+        pytest.param({"labels": (np.array([0, 0]), np.array([0]))}, id="labels"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("data_range", "peak"), [pytest.param(None, 4.0, id="own-range"), pytest.param(10.0, 10.0, id="given-range")]
+)
+def test_agreement_psnr_is_relative_to_the_range_of_the_original(
+    wanted: dict, data_range: float | None, peak: float
+) -> None:
+    """Outputs 1, 2, 5 differ by themselves from twice as much; their range over all feeds is 4 unless one is given."""
+    notes: list[str] = []
+    original, other = session_of(*IDENTITY), session_of(*DOUBLE)
+    view = View(data_range=data_range)
+    before, after = compare(original, other, two_feeds(**wanted), "agreement-psnr", view=view, note=notes.append)
+    expected = np.mean([20 * np.log10(peak / error) for error in (1, 2, 5)])
+    assert after == Quality("agreement-psnr", pytest.approx(expected), 3, True)
+    assert before.value == 100
+    assert evaluate(other, two_feeds(**wanted), "agreement-psnr", reference=original, view=view) == after
+    assert len(notes) == (data_range is None)
+    assert all("peak 4, the range of the original's output" in note for note in notes)
+
+
+def test_agreement_top1_compares_decisions() -> None:
+    """The original agrees with itself in all samples, its negative in none, whatever the labels say."""
+    rows = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]], np.float32)
+    given = Samples(({"x": rows},), (3,), labels=(np.zeros(3, int),))
+    shape = ["N", 2]
+    original, negative = (session_of(nodes, shape, shape) for nodes in ("y = Identity(x)", "y = Neg(x)"))
+    before, after = compare(original, negative, given, "agreement-top1")
+    assert (before.value, after.value, after.higher_is_better) == (100, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        pytest.param("agreement-psnr", "compares with the original model; give it", id="no-original"),
+        pytest.param("agreement-top1", "compares with the original model; give it", id="no-original-of-classes"),
+    ],
+)
+def test_agreement_needs_an_original(metric: str, message: str) -> None:
+    """Targets and labels do not stand in for the original."""
+    with pytest.raises(UsageError, match=message):
+        evaluate(session_of(*IDENTITY), batch_of(1.0, targets=[1.0], labels=[0]), metric)
+
+
+def test_constant_original_has_no_range() -> None:
+    """Where the original's outputs are all alike, a data range must be given."""
+    original, given = session_of("y = Sub(x, x)", ["N", 1], ["N", 1]), batch_of(1.0, 2.0)
+    with pytest.raises(UsageError, match="reaches from 0 to 0; give a data range"):
+        compare(original, original, given, "agreement-psnr")
+    assert compare(original, original, given, "agreement-psnr", view=View(data_range=1))[0].value == 100
+
+
+@pytest.mark.parametrize("metric", ["agreement-psnr", "mse", "cosine"])
+def test_each_model_runs_once(metric: str) -> None:
+    """An original that is compared with itself, too, runs once per feed; one feed more finds the float output."""
+    original, other = session_of(*IDENTITY, make=Counted), session_of(*DOUBLE, make=Counted)
+    compare(original, other, two_feeds(), metric)
+    assert (original.runs, other.runs) == (1 + 2, 2)
+    original.runs = 0
+    evaluate(original, two_feeds(), metric, reference=original)
+    assert original.runs == 1 + 2
+
+
+def test_comparison_uses_targets_where_there_are_any() -> None:
+    """Both models are judged by the data's targets, as two evaluations would."""
+    given = batch_of(1.0, 2.0, targets=[1.0, 2.5])
+    original, other = session_of(*IDENTITY), session_of(*DOUBLE)
+    assert compare(original, other, given, "mse") == tuple(evaluate(one, given, "mse") for one in (original, other))
+
+
+def test_comparison_of_other_outputs() -> None:
+    """Models that share no output do not compare."""
+    other = session_of("z = Identity(x)", ["N", 1], ["N", 1], output="z")
+    with pytest.raises(UsageError, match="the model has no output 'y'; it has z"):
+        compare(session_of(*IDENTITY), other, batch_of(1.0), "mse")
+
+
+# -- samples, feeds and outputs ----------------------------------------------------------------------------------------
 
 
 def test_rows_that_fill_a_batch_do_not_count() -> None:
@@ -172,6 +282,20 @@ def test_metric_may_be_an_object() -> None:
 
 
 @pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        pytest.param(lambda one, other: np.abs(one - other), r"float32 of shape \(2, 1\) for 2 samples", id="no-mean"),
+        pytest.param(lambda one, other: 0.5, r"float64 of shape \(\) for 2 samples", id="one-for-all"),
+        pytest.param(lambda one, other: ["a", "b"], r"<U1 of shape \(2,\).*one number per sample", id="text"),
+    ],
+)
+def test_metric_that_returns_no_value_per_sample(function, message: str) -> None:
+    """A function of one's own must return one number per sample, or the mean would be of something else."""
+    with pytest.raises(UsageError, match=message):
+        evaluate(session_of(*IDENTITY), batch_of(1.0, 3.0, targets=[1.0, 1.0]), function)
+
+
+@pytest.mark.parametrize(
     ("given", "metric", "view", "message"),
     [
         pytest.param(batch_of(1.0), "psnr", None, "psnr needs a target per sample", id="no-target"),
@@ -182,6 +306,8 @@ def test_metric_may_be_an_object() -> None:
         pytest.param(
             batch_of(1.0, labels=[0]), "top1", View(output="residual"), "are for pictures", id="residual-scores"
         ),
+        pytest.param(batch_of(1.0, labels=[0]), "top1", View(channels="y"), "are for pictures", id="luma-of-scores"),
+        pytest.param(batch_of(1.0), "agreement-top1", View(crop_border=1), "are for pictures", id="agreement-border"),
         pytest.param(batch_of(1.0, labels=[1]), "top1", None, "classes 0 to 0", id="label-out-of-range"),
     ],
 )
