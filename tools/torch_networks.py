@@ -22,7 +22,7 @@ class Network(nn.Module):
     """A network that says which of its layers a pruner must treat with care."""
 
     def streams(self) -> list[nn.Module]:
-        """Layers that write into a residual stream, a split or a concatenation."""
+        """Layers that write into a residual stream."""
         return []
 
     def last(self) -> nn.Module:
@@ -177,9 +177,8 @@ class IMDN(Network):
         return functional.pixel_shuffle(self.upsample(self.refine(y) + x), 2)
 
     def streams(self) -> list[nn.Module]:
-        """Layers that write into the residual stream, a split or a concatenation."""
-        names = ("c1", "c2", "c3", "c4", "attention.excite", "c5")
-        return [self.first, *(b.get_submodule(n) for b in self.blocks for n in names), self.refine]
+        """Layers that write into a residual stream."""
+        return [self.first, *(block.get_submodule("c5") for block in self.blocks), self.refine]
 
     def last(self) -> nn.Module:
         """Layer whose outputs are the network's."""

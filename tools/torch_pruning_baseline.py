@@ -4,11 +4,11 @@
     python tools/torch_pruning_baseline.py --shared FOLDER [--models NAME ...] [--targets 0.8 0.7 0.6] [--json OUT.json]
 
 FOLDER holds the ONNX files, the evaluation sets and ``evaluate.py``, whose protocol decides the quality. A mode is one way
-to use the pruner: a scope (``whole`` network, or ``inner`` layers only: none that writes into a residual stream, a split or
-a concatenation; a chain has no such layer), a ranking (``local`` or ``global``), a form of the weights (``bn``, ``folded``).
-Each mode tries every pruning ratio that changes a channel count and scores the network that runs with the largest share of
-MAC within the target. The output layer is never pruned. A star marks the best mode of a model and target, chosen by the
-very quality it is judged by, which favours the peer. Needs torch and torch_pruning (exit code 2 without).
+to use the pruner: a scope (``whole`` network, or ``inner`` layers only: none that writes into a residual stream; a chain has
+no such layer), a ranking (``local`` or ``global``) and a form of the weights (``bn`` or ``folded``). Each mode tries every
+pruning ratio that changes a channel count and scores the network that runs with the largest share of MAC within the target.
+The output layer is never pruned. A star marks the best mode of a model and target, chosen by the very quality it is judged
+by, which favours the peer. Needs torch and torch_pruning (exit code 2 without).
 """
 
 from __future__ import annotations
