@@ -1,0 +1,116 @@
+"""Amend: new values for weights of a model, and biases that it did not have; and how to take those out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from onnxprune.errors import ModelError
+from onnxprune.protos import constant_tensor, list_as_inputs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AddedBias:
+    """A constant that a node reads in addition to, or instead of, what it read.
+
+    Attributes
+    ----------
+    node
+        First output of the node that reads it.
+    index
+        Input at which it does; None where an Add node was put behind the node to add it.
+    replaces
+        What the node read there (a vector that other nodes read, too), or an empty string.
+    """
+
+    node: str
+    index: int | None
+    replaces: str
+    value: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a plan says of it."""
+        return {"node": self.node, "input": self.index, "replaces": self.replaces, "size": int(self.value.size)}
+
+
+def amend(model: onnx.ModelProto, values: Mapping[str, np.ndarray], added: Mapping[str, AddedBias]) -> onnx.ModelProto:
+    """Return a copy of a model with other values for some constants, and with further biases."""
+    amended = onnx.ModelProto()
+    amended.CopyFrom(model)
+    graph = amended.graph
+    for tensor in graph.initializer:
+        if tensor.name in values:
+            _set_value(tensor, values[tensor.name])
+    for node in graph.node:
+        if node.op_type == "Constant" and node.output[0] in values:
+            tensor = constant_tensor(node)
+            assert tensor is not None
+            _set_value(tensor, values[node.output[0]])
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("value", tensor))
+    places = {node.output[0]: place for place, node in enumerate(graph.node) if node.output}
+    for name, bias in sorted(added.items(), key=lambda item: -places[item[1].node]):
+        node = graph.node[places[bias.node]]
+        graph.initializer.append(numpy_helper.from_array(np.asarray(bias.value, order="C"), name))
+        if bias.index is None:
+            node.output[0] = f"{bias.node}/unbiased"
+            graph.node.insert(places[bias.node] + 1, helper.make_node("Add", [node.output[0], name], [bias.node], name=name))
+        else:
+            while len(node.input) <= bias.index:
+                node.input.append("")
+            node.input[bias.index] = name
+    if model.ir_version < 4:
+        list_as_inputs(model.graph, graph)
+    return amended
+
+
+def strip(model: onnx.ModelProto, added: Mapping[str, Mapping[str, Any]]) -> onnx.ModelProto:
+    """Return a copy of a model without the biases that a plan says were added.
+
+    Raises
+    ------
+    ModelError
+        The model does not have them where the plan says.
+    """
+    if not added:
+        return model
+    stripped = onnx.ModelProto()
+    stripped.CopyFrom(model)
+    graph = stripped.graph
+    try:
+        for name, entry in added.items():
+            key, index, old = str(entry["node"]), entry["input"], str(entry["replaces"])
+            made = {node.output[0]: place for place, node in enumerate(graph.node) if node.output}
+            node = graph.node[made[key]]
+            if index is None:
+                if node.op_type != "Add" or list(node.input) != [f"{key}/unbiased", name]:
+                    raise KeyError(key)
+                graph.node[made[f"{key}/unbiased"]].output[0] = key
+                del graph.node[made[key]]
+            else:
+                if node.input[index] != name:
+                    raise KeyError(key)
+                node.input[index] = old
+                while node.input and not node.input[-1]:
+                    del node.input[-1]
+            place = next(place for place, tensor in enumerate(graph.initializer) if tensor.name == name)
+            del graph.initializer[place]
+            for position in [p for p, value in enumerate(graph.input) if value.name == name]:
+                del graph.input[position]
+    except (KeyError, IndexError, StopIteration, TypeError) as error:
+        raise ModelError(f"the plan says that the bias {name} was added, but the model does not have it there") from error
+    return stripped
+
+
+def _set_value(tensor: onnx.TensorProto, value: np.ndarray) -> None:
+    """Give a tensor another value of its own type, keeping documentation and metadata."""
+    kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    fresh = numpy_helper.from_array(np.asarray(value, kind, order="C").reshape(tuple(tensor.dims)), tensor.name)
+    fresh.doc_string = tensor.doc_string
+    fresh.metadata_props.extend(tensor.metadata_props)
+    tensor.CopyFrom(fresh)
