@@ -59,7 +59,9 @@ def amend(model: onnx.ModelProto, values: Mapping[str, np.ndarray], added: Mappi
         graph.initializer.append(numpy_helper.from_array(np.asarray(bias.value, order="C"), name))
         if bias.index is None:
             node.output[0] = f"{bias.node}/unbiased"
-            graph.node.insert(places[bias.node] + 1, helper.make_node("Add", [node.output[0], name], [bias.node], name=name))
+            graph.node.insert(
+                places[bias.node] + 1, helper.make_node("Add", [node.output[0], name], [bias.node], name=name)
+            )
         else:
             while len(node.input) <= bias.index:
                 node.input.append("")
@@ -103,7 +105,9 @@ def strip(model: onnx.ModelProto, added: Mapping[str, Mapping[str, Any]]) -> onn
             for position in [p for p, value in enumerate(graph.input) if value.name == name]:
                 del graph.input[position]
     except (KeyError, IndexError, StopIteration, TypeError) as error:
-        raise ModelError(f"the plan says that the bias {name} was added, but the model does not have it there") from error
+        raise ModelError(
+            f"the plan says that the bias {name} was added, but the model does not have it there"
+        ) from error
     return stripped
 
 

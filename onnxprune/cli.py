@@ -20,9 +20,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from onnxprune import onnx_io, pipeline, quality, report
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
 from onnxprune.metrics import METRICS
-from onnxprune.options import Options, silent
+from onnxprune.options import COMPENSATE, MEASURED, Options, silent
 from onnxprune.options import Progress as RunProgress
 from onnxprune.parameters import Amount, InputShape, Numbers
+from onnxprune.passes.allocate import ALLOCATIONS
 from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
@@ -106,8 +107,9 @@ def _select_options(command: Callable) -> Callable:
         (
             click.option("--preset", type=click.Choice(list(PRESETS)), default="d", show_default=True,
                          help="How thresholds adapt per group."),
-            click.option("--criterion", default="l2", show_default=True,
-                         help=f"What makes a channel important: {', '.join(NAMES)}."),
+            click.option("--criterion", default="auto", show_default=True,
+                         help=f"What makes a channel important: {', '.join((*MEASURED, *NAMES))}; auto is obs where "
+                              "there is calibration data, else l2."),
             click.option("--align", type=click.IntRange(1), default=1, help="Kept channels are a multiple of N."),
             click.option("--min-channels", type=click.IntRange(1), default=1, help="Least number of channels per group."),
             click.option("--max-prune", type=click.FloatRange(0, 1), default=1.0, help="Largest share to remove per group."),
@@ -125,6 +127,26 @@ def _target_options(command: Callable) -> Callable:
     for kind, what in (("size", "file size"), ("bandwidth", "bandwidth"), ("params", "parameters"), ("mac", "MAC")):
         text_ = f"Share of {what} to keep (at most 1), or an absolute amount (K, M, G, T)."
         command = click.option(f"--target-{kind}", type=Amount(), help=text_)(command)
+    return command
+
+
+def _calib_options(command: Callable) -> Callable:
+    for option in reversed(
+        (
+            click.option("--calib", type=click.Path(), help="Calibration inputs, without labels: .npz, a folder, images."),
+            click.option("--calib-memory", type=Amount(), default="2G", show_default=True,
+                         help="Bytes that calibration may hold; what exceeds it is computed again."),
+            click.option("--compensate", type=click.Choice(COMPENSATE), default="auto", show_default=True,
+                         help="Fit the weights that stay: least-squares (auto with --calib), biases only, or not at all."),
+            click.option("--allocation", type=click.Choice(ALLOCATIONS), default=ALLOCATIONS[0], show_default=True,
+                         help="How groups compare under criterion obs."),
+            click.option("--sensitivity", type=click.Path(), default="",
+                         help="Table of onnxprune sensitivity by which groups compare."),
+            click.option("--no-new-nodes", "new_nodes", is_flag=True, flag_value=False, default=True,
+                         help="Add no Add node for a bias that compensation needs."),
+        )
+    ):  # fmt: skip
+        command = option(command)
     return command
 
 
@@ -169,6 +191,7 @@ def commands() -> None:
 @click.argument("out", metavar="OUT.onnx")
 @_target_options
 @_select_options
+@_calib_options
 @click.option("--data", help="Evaluation data; shows the quality before and after.")
 @click.option("--metric", help=f"Quality metric for --data: {METRIC_NAMES}.")
 @_data_options
@@ -375,6 +398,8 @@ def _options(given: Mapping[str, Any]) -> Options:
     targets = {kind: given[f"target_{kind}"] for kind in kinds if given.get(f"target_{kind}") is not None}
     names = Options.__dataclass_fields__
     chosen = {name: value for name, value in given.items() if name in names and name != "input_shapes"}
+    if "calib_memory" in chosen:
+        chosen["calib_memory"] = int(chosen["calib_memory"])
     return Options(targets=targets, input_shapes=dict(given["input_shapes"]), **chosen)
 
 

@@ -38,6 +38,7 @@ def repeatable(command: Callable) -> Callable:
 @repeatable
 @cli._target_options
 @cli._select_options
+@cli._calib_options
 @click.option("--data", type=click.Path(), help="Evaluation data; shows the quality before and after.")
 @click.option(
     "--metric",

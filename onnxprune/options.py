@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 
 from onnxprune import runtime
 from onnxprune.errors import UsageError
+from onnxprune.passes.allocate import ALLOCATIONS
 from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import check_criterion
 from onnxprune.passes.select import PRESETS, Limits
 
 ModelLike = str | os.PathLike | onnx.ModelProto
 Progress = Callable[[str, int, int], None]
+MEASURED = ("obs", "activation", "wanda")
+"""Criteria that rank channels by calibration data."""
+
+COMPENSATE = ("auto", "none", "bias", "least-squares")
 STAGES = ("load", "couple", "score", "select", "compensate", "apply", "prove", "save")
 
 
@@ -33,11 +39,23 @@ class Options:
     ----------
     targets
         Budget per kind (``mac``, ``params``, ``bandwidth``, ``size``): at most 1 is a share, more is absolute.
+    criterion
+        ``auto`` is ``obs`` where there is calibration data, else ``l2``.
+    calib
+        Calibration data: a path, arrays by input name with samples on axis 0, or a list of feeds.
+    calib_memory
+        Bytes that calibration and compensation may hold.
+    compensate
+        ``auto`` is ``least-squares`` where there is calibration data, else ``none``.
+    sensitivity
+        A table that the command ``sensitivity`` wrote, by which groups compare.
+    scale, mean, std
+        How integers in calibration data become floats: see :func:`onnxprune.data.load`.
     """
 
     targets: Mapping[str, float] = field(default_factory=dict)
     preset: str = "d"
-    criterion: str = "l2"
+    criterion: str = "auto"
     align: int = 1
     min_channels: int = 1
     max_prune: float = 1.0
@@ -48,6 +66,15 @@ class Options:
     provider: str = ""
     seed: int = 0
     proof: bool = True
+    calib: Any = None
+    calib_memory: int = 2 << 30
+    compensate: str = "auto"
+    allocation: str = ALLOCATIONS[0]
+    new_nodes: bool = True
+    sensitivity: str = ""
+    scale: float | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -59,10 +86,33 @@ class Options:
         if self.seed < 0:
             raise UsageError(f"seed {self.seed}: must be 0 or more")
         runtime.check_provider(self.provider)
-        check_criterion(self.criterion)
+        if self.criterion not in ("auto", *MEASURED):
+            check_criterion(self.criterion)
+        if self.allocation not in ALLOCATIONS:
+            raise UsageError(f"allocation {self.allocation!r}: unknown; choose from {', '.join(ALLOCATIONS)}")
+        if self.compensate not in COMPENSATE:
+            raise UsageError(f"compensate {self.compensate!r}: unknown; choose from {', '.join(COMPENSATE)}")
+        if self.calib is None and (self.compensate in ("bias", "least-squares") or self.criterion in MEASURED):
+            which = f"--criterion {self.criterion}" if self.criterion in MEASURED else f"--compensate {self.compensate}"
+            raise UsageError(f"{which} needs calibration data (--calib): a few dozen inputs without labels will do")
+        if self.calib_memory < 1 << 20:
+            raise UsageError(f"calib-memory {self.calib_memory}: give at least 1M")
         for kind, value in self.targets.items():
             if not value > 0 or value == float("inf"):
                 raise UsageError(f"target {kind} {value}: must be a share in (0, 1] or an absolute number above 1")
+
+    def criterion_for(self, calibrated: bool) -> str:
+        """The criterion, ``auto`` resolved."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "obs" if calibrated else "l2"
+
+    @property
+    def compensation(self) -> str:
+        """What to compensate by, ``auto`` resolved."""
+        if self.compensate != "auto":
+            return self.compensate
+        return "none" if self.calib is None else "least-squares"
 
     @property
     def limits(self) -> Limits:

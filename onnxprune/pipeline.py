@@ -16,14 +16,18 @@ import numpy as np
 import onnx
 
 from onnxprune import onnx_io, report, runtime
+from onnxprune.amend import amend, strip
 from onnxprune.branches import flatten, merges
 from onnxprune.budget import Budget
+from onnxprune.calibration import load_feeds, score_channels
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, UsageError
 from onnxprune.model import Model
 from onnxprune.options import Clock, ModelLike, Options, Progress, silent
 from onnxprune.passes.apply import apply as apply_plan
+from onnxprune.passes.calibrate import Feeds
+from onnxprune.passes.compensate import Compensation, Mode, compensate
 from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
 from onnxprune.passes.score import Scores, score
@@ -139,22 +143,53 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     """
     options = options or _options(chosen)
     clock = Clock()
+    return finish(ready(model, options, clock, progress), options, clock, progress)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model whose channels are ranked: what every budget starts from."""
+
+    loaded: Loaded
+    scores: Scores
+    feeds: Feeds
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def ready(model: ModelLike, options: Options, clock: Clock, progress: Progress = silent) -> Ready:
+    """Read, couple, calibrate and score."""
     loaded = load(model, options, clock)
+    every = np.ones(loaded.coupling.n_classes, bool)
+    kinds = ["bytes" if kind == "size" else kind for kind in options.targets] or ["mac"]
+    with clock.stage("score"):
+        if Budget(options.targets, loaded.cost.of(every), 0).met and options.targets and "size" not in options.targets:
+            return Ready(loaded, score(loaded.coupling, "l2", options.seed), (), {}, ())  # nothing will be removed
+        feeds, notes = load_feeds(loaded.coupling, options)
+        scores, facts = score_channels(loaded.flat, loaded.coupling, loaded.cost, options, feeds, kinds, progress)
+    return Ready(loaded, scores, feeds, facts, notes)
+
+
+def finish(run: Ready, options: Options, clock: Clock, progress: Progress = silent) -> Result:
+    """Select, apply, prove and compensate: what differs from one budget to the next."""
+    loaded, scores = run.loaded, run.scores
     coupling, cost = loaded.coupling, loaded.cost
     every = np.ones(coupling.n_classes, bool)
     before = cost.of(every)
     # Asking a protobuf for its size serialises it, so only a size target pays for that.
     overhead = loaded.proto.ByteSize() - before["bytes"] if "size" in options.targets else 0
     budget = Budget(options.targets, before, overhead)
-    with clock.stage("score"):
-        scores = score(coupling, options.criterion, options.seed)
     with clock.stage("select"):
         keep = every if budget.met else _select_to_fit(loaded, scores, budget, options)
         plan = replace(make_plan(coupling, keep, loaded.sha256), attention=options.attention)
+    fitted = Compensation()
     if budget.met:
         pruned, proof = loaded.source, None
     else:
         pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
+        if options.compensation != "none":
+            pruned, fitted = _compensate(loaded, pruned, keep, run.feeds, options, progress, clock)
+            plan = replace(plan, added={name: bias.to_json() for name, bias in fitted.added.items()})
     described = describe(loaded, options, keep, scores.value, clock)
     after = dict(described.after)
     if not budget.met:
@@ -162,11 +197,45 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     if "size" in options.targets:
         after["bytes"] = pruned.ByteSize() - overhead
     targets = budget.rows(after, floor(loaded, options))
-    notes = (
-        *loaded.notes(pruned),
-        *(("the model already meets the target; nothing was removed",) if budget.met else ()),
-    )
-    return Result(pruned, plan, replace(described, after=after, targets=targets, proof=proof, notes=notes))
+    notes = (*loaded.notes(pruned), *run.notes)
+    if budget.met:
+        notes = (*notes, "the model already meets the target; nothing was removed")
+    elif options.calib is None:
+        notes = (*notes, HINT)
+    done = replace(
+        described, after=after, targets=targets, proof=proof, notes=notes, facts=run.facts,
+        compensation=fitted if fitted.solved else None, weights="changed" if fitted.values or fitted.added else "exact",
+    )  # fmt: skip
+    return Result(pruned, plan, done)
+
+
+HINT = "64 real inputs without labels (--calib) would keep far more quality than weights alone can tell"
+
+
+def _compensate(
+    loaded: Loaded, pruned: onnx.ModelProto, keep: np.ndarray, feeds: Feeds, options: Options, progress: Progress,
+    clock: Clock,
+) -> tuple[onnx.ModelProto, Compensation]:  # fmt: skip
+    with clock.stage("compensate"):
+        flat, graph = _read_pruned(loaded, pruned)
+        mode: Mode = "bias" if options.compensation == "bias" else "least-squares"
+        fitted = compensate(
+            loaded.flat, loaded.coupling, flat, graph, pruned, keep, feeds, mode=mode, memory=options.calib_memory,
+            new_nodes=options.new_nodes, seed=options.seed, provider=options.provider,
+            progress=lambda done, total: progress("compensate", done, total),
+        )  # fmt: skip
+        amended = amend(pruned, fitted.values, fitted.added)
+        _run_whole(loaded, amended)
+    return amended, fitted
+
+
+def _read_pruned(loaded: Loaded, pruned: onnx.ModelProto) -> tuple[onnx.ModelProto, Model]:
+    """The pruned graph as it is reasoned about, like ``loaded.flat``."""
+    try:
+        flat = inline(pruned) if loaded.flat is loaded.proto else flatten(inline(pruned))
+        return flat, onnx_io.read(flat, loaded.coupling.model.input_shapes)
+    except ModelError as error:
+        raise ProofError(f"the pruned graph is invalid: {error}; nothing was written", (str(error),)) from error
 
 
 def _select_to_fit(loaded: Loaded, scores: Scores, budget: Budget, options: Options) -> np.ndarray:
@@ -197,7 +266,7 @@ def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> 
     clock = Clock()
     loaded = load(model, options, clock)
     with clock.stage("score"):
-        scores = score(loaded.coupling, options.criterion, options.seed)
+        scores = score(loaded.coupling, options.criterion_for(False), options.seed)
     every = np.ones(loaded.coupling.n_classes, bool)
     described = describe(loaded, options, every, scores.value, clock)
     return replace(described, notes=(*loaded.prepared, *loaded.coupling.model.notes))
@@ -240,7 +309,8 @@ def verify(
     plan = read_plan(plan)
     clock = Clock()
     loaded = load(original, options, clock, plan)
-    given, _ = prepare(inline(pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)))
+    read = pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)
+    given, _ = prepare(inline(strip(read, plan.added)))
     keep = keep_of_groups(loaded.coupling, plan) if plan.groups else keep_of(loaded.coupling, plan)
     sliced, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     with clock.stage("compare"):
@@ -262,7 +332,7 @@ def describe(loaded: Loaded, options: Options, keep: np.ndarray, scores: np.ndar
     before = cost.of(every)
     return Report(
         version=version("onnxprune"),
-        options={name: value for name, value in vars(options).items() if value not in ((), {}, "")},
+        options=_told(options),
         input={"path": str(loaded.path) if loaded.path else None, "sha256": loaded.sha256 or None},
         output={"path": None, "sha256": None},
         input_shapes=loaded.coupling.model.input_shapes,
@@ -274,6 +344,14 @@ def describe(loaded: Loaded, options: Options, keep: np.ndarray, scores: np.ndar
         floor={kind: value / before[kind] if before[kind] else 1.0 for kind, value in floor(loaded, options).items()},
         timings=clock.timings(),
     )
+
+
+def _told(options: Options) -> dict[str, Any]:
+    """Options as plain data, without those that say nothing."""
+    told = {name: value for name, value in vars(options).items() if name != "calib" and value not in ((), {}, "", None)}
+    if options.calib is not None:
+        told["calib"] = str(options.calib) if isinstance(options.calib, str | os.PathLike) else "arrays"
+    return told
 
 
 def floor(loaded: Loaded, options: Options) -> dict[str, float]:
@@ -333,11 +411,7 @@ def _apply_and_prove(
     if not options.proof:
         return pruned, None
     with clock.stage("prove"):
-        try:
-            flat = inline(pruned) if loaded.flat is loaded.proto else flatten(inline(pruned))
-            graph = onnx_io.read(flat, loaded.coupling.model.input_shapes)
-        except ModelError as error:
-            raise ProofError(f"the pruned graph is invalid: {error}; nothing was written", (str(error),)) from error
+        flat, graph = _read_pruned(loaded, pruned)
         proof = prove(
             loaded.flat, flat, graph, loaded.coupling, plan, keep,
             seed=options.seed, progress=lambda done, total: progress("prove", done, total),

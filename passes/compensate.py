@@ -99,7 +99,9 @@ def compensate(
 class _Run:
     """Two graphs on their way through the samples, and what has been solved so far."""
 
-    def __init__(self, original, coupling, pruned, pruned_model, keep, feeds, units, mode, memory, seed, provider) -> None:
+    def __init__(
+        self, original, coupling, pruned, pruned_model, keep, feeds, units, mode, memory, seed, provider
+    ) -> None:
         self.coupling, self.model, self.keep, self.feeds = coupling, pruned_model, keep, feeds
         self.mode, self.seed = mode, seed
         held = Memory(memory // 2)
@@ -214,7 +216,9 @@ class _Run:
         old = self._old(unit.weight)
         matrix = view.matrix(old)
         zero = np.zeros((matrix.shape[0], matrix.shape[2]))
-        found = fit(self._sorted(parts, images), matrix, zero, free_matrix=self.mode == "least-squares", free_offset=False)
+        found = fit(
+            self._sorted(parts, images), matrix, zero, free_matrix=self.mode == "least-squares", free_offset=False
+        )
         if np.isfinite(found.ridge):
             self._set(unit.weight, view.restore(found.matrix))
         return found
@@ -303,7 +307,9 @@ class _Run:
             return
         shape = self.model.constants[self._root(given)].shape if given else (value.size,)
         name = f"{bias.node.key}/bias"
-        added = AddedBias(bias.node.key, bias.index if bias.index >= 0 else None, given, value.reshape(shape).astype(dtype))
+        added = AddedBias(
+            bias.node.key, bias.index if bias.index >= 0 else None, given, value.reshape(shape).astype(dtype)
+        )
         self.added[name] = added
         if added.index is None:
             self.student.add_behind(bias.node.key, name, added.value)

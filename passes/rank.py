@@ -141,3 +141,25 @@ class _Elimination:
             inverse[run] = inverse[:, run] = 0.0
             inverse[run, run] = 1e-30
         return error / self.energy
+
+
+def by_activation(coupling: Coupling, consumers: Sequence[Consumer], magnitude: Scores, *, weighted: bool) -> Scores:
+    """Score channels by the root mean square of what reaches their readers, over the mean of each reader's channels.
+
+    ``weighted`` multiplies every regressor by the norm of the weights that read it (Sun et al. 2023, Wanda, summed to
+    channels). Over readers the maximum counts; channels that no linear operator reads keep their magnitude.
+    """
+    value = np.full(coupling.n_classes, -1.0)
+    members = np.zeros(coupling.n_classes, np.int64)
+    for consumer in consumers:
+        p = consumer.matrix.shape[1]
+        squares = np.einsum("gii->gi", consumer.gram[:, :p, :p])
+        if weighted:
+            squares = squares * np.square(consumer.matrix).sum(2)
+        present, inverse = np.unique(consumer.columns, return_inverse=True)
+        found = np.sqrt(np.bincount(inverse.ravel(), squares.ravel()))
+        found /= max(found.mean(), 1e-30)
+        value[present] = np.maximum(value[present], found)
+        members[present] += 1
+    unread = value < 0
+    return Scores(np.where(unread, magnitude.value, value), np.where(unread, magnitude.members, members))

@@ -19,10 +19,21 @@ from onnxprune.model import Node, Shape
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """Importance per class, float64 of shape ``(n_classes,)``; ``members`` counts the tensors that produce the channel."""
+    """Importance per class.
+
+    Attributes
+    ----------
+    value
+        Float64 of shape ``(n_classes,)``; higher stays.
+    members
+        How many tensors produce the channel.
+    order
+        Where given, the order in which classes go across all groups, which presets leave alone but for their floor.
+    """
 
     value: np.ndarray
     members: np.ndarray
+    order: np.ndarray | None = None
 
 
 def _l1(w: np.ndarray) -> np.ndarray:

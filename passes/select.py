@@ -80,7 +80,7 @@ def select(
     """
     n = coupling.n_classes
     groups = [group for group in coupling.groups if group.frozen is None]
-    order = effective_scores(cost, scores, groups, preset)
+    order = effective_scores(cost, scores, groups, preset) if scores.order is None else scores.order
     channels, ends, owner = _removal_order(coupling.bundles, order, preset, limits)
 
     def kept(n_units: int) -> np.ndarray:

@@ -15,9 +15,9 @@ LAYERS = (
     {"errors"},
     {"model", "measures", "importing"},
     {"labels"},
-    {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos"},
+    {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend"},
     {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers"},
-    {"pipeline", "options", "quality", "budget", "parcels", "sweep"},
+    {"pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity"},
     {"cli", "cli_sweep", "parameters"},
 )
 """From the bottom up; a part may use its own layer and those below it (design.md)."""

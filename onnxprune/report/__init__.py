@@ -11,6 +11,7 @@ import numpy as np
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.labels import Axis, length
+from onnxprune.passes.compensate import Compensation
 from onnxprune.passes.prove import Proof
 from onnxprune.passes.validate import Quality, drop
 from onnxprune.report.names import names
@@ -93,6 +94,8 @@ class Report:
     latency_ms: tuple[float, ...] | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    compensation: Compensation | None = None
 
     @property
     def target(self) -> Target | None:
@@ -137,7 +140,18 @@ class Report:
             "latency": self.latency_ms and {"before_ms": self.latency_ms[0], "after_ms": self.latency_ms[1]},
             "timings": {stage: round(seconds, 6) for stage, seconds in self.timings.items()},
             "notes": list(self.notes),
+            "scoring": dict(self.facts),
+            "compensation": self.compensation and compensation_json(self.compensation),
         }
+
+
+def compensation_json(fitted: Compensation) -> dict[str, Any]:
+    """Return what was fitted as plain data; figures that do not exist are null."""
+    layers = []
+    for solved in fitted.solved:
+        row = _fields(solved)
+        layers.append({name: None if isinstance(v, float) and not np.isfinite(v) else v for name, v in row.items()})
+    return {"held_back": fitted.held_back, "layers": layers, "added": {n: b.to_json() for n, b in fitted.added.items()}}
 
 
 def proof_json(proof: Proof, weights: str) -> dict[str, Any]:

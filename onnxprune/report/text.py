@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from onnxprune.passes.compensate import Compensation
 from onnxprune.report import FrozenRow, GroupRow, Layer, Report
 from onnxprune.report.rows import Row
 
@@ -163,12 +165,28 @@ def _facts(report: Report) -> list[str]:
             lines.append(f"         {len(p.redefined)} operators take their statistics over the kept channels")
         if p.insensitive:
             lines.append(f"         {len(p.insensitive)} segments did not react to the negative control (see --json)")
-        if report.weights == "changed":
+        if report.weights == "changed" and not report.compensation:
             lines.append("         weight values differ from the original's (trained or compensated)")
     elif report.after["params"] < report.before["params"]:
         lines.append("proof    none: it was skipped (--no-proof)")
+    if report.compensation:
+        lines.append(_fitted(report.compensation))
     lines += [f"note     {note}" for note in report.notes]
     return lines
+
+
+def _fitted(compensation: Compensation) -> str:
+    """One line on what compensation did."""
+    fitted = [row for row in compensation.solved if not row.note]
+    others = [row for row in compensation.solved if row.note]
+    errors = [row.error / row.error_before for row in fitted if row.error_before > 0]
+    text = f"fitted   {len(fitted)} of {len(compensation.solved)} operators"
+    if errors:
+        text += f"; on {compensation.held_back} samples held back their errors fell to {100 * float(np.median(errors)):.0f} %"
+    if others:
+        text += f"; {others[0].node} stays as it is ({others[0].note})"
+        text += f", and {len(others) - 1} more (see --json)" if len(others) > 1 else ""
+    return text
 
 
 def _table(console: Console, *columns: str, align: str = "l") -> Table:

@@ -1,0 +1,114 @@
+"""Calibration data for a model, and scores of its channels: from that data, or from weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxprune import data
+from onnxprune.cost import Cost
+from onnxprune.coupling import Coupling
+from onnxprune.errors import UsageError
+from onnxprune.options import MEASURED, Options, Progress
+from onnxprune.passes.allocate import allocate
+from onnxprune.passes.calibrate import Feeds, calibrate, n_samples
+from onnxprune.passes.rank import by_activation, rank
+from onnxprune.passes.score import Scores, score
+from onnxprune.passes.sensitivities import Sensitivities
+from onnxprune.passes.weigh import weigh
+
+BATCH = 32
+
+
+def load_feeds(coupling: Coupling, options: Options) -> tuple[Feeds, tuple[str, ...]]:
+    """Load calibration data as feeds, and notes on what was decided; nothing where none is given.
+
+    ``options.calib`` is a path (see :mod:`onnxprune.data`), arrays by input name with samples on axis 0, or a list of feeds.
+
+    Raises
+    ------
+    UsageError
+        The data does not fit the model.
+    """
+    calib = options.calib
+    if calib is None:
+        return (), ()
+    inputs = {
+        name: (shape, _numpy_type(coupling.model.types.get(name, onnx.TensorProto.FLOAT)))
+        for name, shape in coupling.model.declared.items()
+    }
+    if isinstance(calib, Mapping):
+        feeds: Feeds = _batches(calib, inputs)
+    elif isinstance(calib, Sequence) and not isinstance(calib, str):
+        feeds = list(calib)
+    else:
+        loaded = data.load(calib, inputs, batch=BATCH, scale=options.scale, mean=options.mean, std=options.std)
+        return loaded.feeds, loaded.notes
+    for feed in feeds:
+        if missing := inputs.keys() - feed.keys():
+            raise UsageError(
+                f"calibration data: no array for input {min(missing)}; the model takes {', '.join(inputs)}"
+            )
+    if not feeds:
+        raise UsageError("calibration data: holds no samples")
+    return feeds, ()
+
+
+def _numpy_type(kind: int) -> np.dtype:
+    narrow = (onnx.TensorProto.BFLOAT16,)
+    return np.dtype(np.float32) if kind in narrow else np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+
+
+def _batches(arrays: Mapping[str, np.ndarray], inputs: Mapping[str, tuple]) -> list[dict[str, np.ndarray]]:
+    """Cut arrays along their samples."""
+    fixed = {shape[0] for shape, _ in inputs.values() if shape and isinstance(shape[0], int)}
+    size = max(fixed, default=BATCH)
+    count = min((len(array) for array in arrays.values()), default=0)
+    ends = range(0, count - count % size if fixed else count, size)
+    return [{name: array[begin : begin + size] for name, array in arrays.items()} for begin in ends]
+
+
+def score_channels(
+    loaded_proto: onnx.ModelProto, coupling: Coupling, cost: Cost, options: Options, feeds: Feeds, kinds: Sequence[str],
+    progress: Progress,
+) -> tuple[Scores, dict[str, Any]]:  # fmt: skip
+    """Score every channel by the criterion that the options choose; also say what was measured on the way.
+
+    Parameters
+    ----------
+    kinds
+        Kinds of cost that the budget limits.
+    """
+    criterion = options.criterion_for(bool(len(feeds)))
+    if criterion not in MEASURED:
+        return score(coupling, criterion, options.seed), {"criterion": criterion}
+    if not len(feeds):
+        raise UsageError(f"--criterion {criterion} needs calibration data (--calib)")
+    magnitude = score(coupling, "l2", options.seed)
+    consumers = calibrate(
+        loaded_proto, coupling, feeds, memory=options.calib_memory, seed=options.seed, provider=options.provider,
+        progress=lambda done, total: progress("calibrate", done, total),
+    )  # fmt: skip
+    facts: dict[str, Any] = {"criterion": criterion, "samples": sum(map(n_samples, feeds)), "layers": len(consumers)}
+    if criterion != "obs":
+        return by_activation(coupling, consumers, magnitude, weighted=criterion == "wanda"), facts
+    rankings = rank(coupling, consumers, magnitude)
+    weights = np.ones(len(rankings))
+    allocation = "sensitivity" if options.sensitivity else options.allocation
+    if options.sensitivity:
+        rankings = Sensitivities.read(options.sensitivity).applied(rankings)
+    elif allocation == "sensitivity":
+        macs = cost.total("mac", cost.counts(np.ones(coupling.n_classes, bool)))
+        weights = weigh(
+            loaded_proto, coupling, consumers, rankings, feeds, macs=macs, provider=options.provider,
+            progress=lambda done, total: progress("weigh", done, total),
+        )  # fmt: skip
+    order = allocate(cost, rankings, weights, kinds, per_cost=allocation != "error")
+    value = np.zeros(coupling.n_classes)
+    for ranking, weight in zip(rankings, weights, strict=True):
+        value[ranking.units] = (ranking.errors * weight)[:, None]
+    return Scores(value, np.ones(coupling.n_classes, np.int64), order), facts | {"allocation": allocation}
