@@ -22,11 +22,13 @@ from onnxprune.plan import Plan
 from onnxprune.quality import evaluate
 from onnxprune.report import Report
 from onnxprune.report.rows import Row as SweepRow
+from onnxprune.search import Guard, prune_to_quality
 from onnxprune.sweep import sweep
 
 __all__ = [
     "BudgetError",
     "FileError",
+    "Guard",
     "ModelError",
     "OnnxPruneError",
     "Options",
@@ -42,6 +44,7 @@ __all__ = [
     "inspect",
     "ops",
     "prune",
+    "prune_to_quality",
     "sweep",
     "verify",
 ]

@@ -29,6 +29,7 @@ from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
 from onnxprune.report import Report, text
 from onnxprune.report.rows import with_error
+from onnxprune.search import Guard, prune_to_quality
 
 PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
 METRIC_NAMES = f"{', '.join(METRICS)}, or your own module:function"
@@ -172,6 +173,10 @@ def _data_options(command: Callable) -> Callable:
     return command
 
 
+def silent_line(text_: str) -> None:
+    """Say nothing."""
+
+
 def _reading(given: Mapping[str, Any]) -> quality.Reading:
     return quality.Reading(**{field.name: given[field.name] for field in fields(quality.Reading)})
 
@@ -212,18 +217,28 @@ def prune(model: str, out: str, **given: Any) -> None:
     Example:  onnxprune in.onnx out.onnx --target-mac 0.6 --preset d
     """
     with _run(given) as (console, options):
-        if not options.targets:
-            raise UsageError("no target; give one, for example --target-mac 0.6")
-        _check_writes(given, [model], [out, given["json_path"], given["plan_out"]])
+        guarded = given["max_drop"] is not None or given["min_quality"] is not None
+        if not options.targets and not guarded:
+            raise UsageError(
+                "no target; give one, for example --target-mac 0.6, or a guard (--data, --metric, --max-drop) to search by"
+            )
+        reads = [model, *(path for path in (given["calib"], given["data"], given["sensitivity"]) if path)]
+        _check_writes(given, reads, [out, given["json_path"], given["plan_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         reading, notes = _reading(given), list[str]()
         quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"], reading)
         with _progress(given) as progress:
-            result = pipeline.prune(model, options, progress)
-            measured = quality.compare_quality(
-                model, result.model, given["data"], given["metric"], reading=reading,
-                provider=options.provider, progress=progress, note=notes.append,
-            )  # fmt: skip
+            if options.targets:
+                result = pipeline.prune(model, options, progress)
+                measured = quality.compare_quality(
+                    model, result.model, given["data"], given["metric"], reading=reading,
+                    provider=options.provider, progress=progress, note=notes.append,
+                )  # fmt: skip
+            else:
+                limits = Guard(given["data"], given["metric"], given["max_drop"], given["min_quality"], reading)
+                say = silent_line if given["quiet"] else partial(click.echo, err=True)
+                result = prune_to_quality(model, limits, options, progress, say)
+                measured = result.report.quality
         failed = quality.guard(measured, given["max_drop"], given["min_quality"])
         if failed and not given["keep_going"]:
             raise QualityError(f"{failed}; nothing was written (--keep-going writes it all the same)")

@@ -22,7 +22,7 @@ from onnxprune.model import Model, Node
 from onnxprune.passes.calibrate import Feeds, n_samples, pick
 from onnxprune.passes.least_squares import Fit, Rows, fit
 from onnxprune.passes.trace import Memory, Trace
-from onnxprune.passes.units import Bias, Rescaled, Unit, find
+from onnxprune.passes.units import Rescaled, Unit, find
 from onnxprune.protos import constant_tensor
 
 ROWS = 48
@@ -116,7 +116,7 @@ class _Run:
         self.total = sum(counts)
         self.first = np.concatenate([[0], np.cumsum(counts)])
         judges = np.arange(self.total) % HELD_BACK == HELD_BACK // 2
-        self.judges = judges if 1 < self.total and judges.any() else np.zeros(self.total, bool)
+        self.judges = judges if self.total > 1 and judges.any() else np.zeros(self.total, bool)
         self.n_judging = int(self.judges.sum())
 
     def close(self) -> None:

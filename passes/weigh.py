@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from onnxprune.coupling import Coupling
 from onnxprune.passes.calibrate import Consumer, Feeds, n_samples
 from onnxprune.passes.rank import Ranking
-from onnxprune.protos import constant_tensor, list_as_inputs
+from onnxprune.protos import constant_tensor
 from onnxprune.runtime import Session, in_float32
 
 MAX_MACS = 2e10

@@ -38,7 +38,8 @@ class Regression:
     matrix, restore
         From a weight to float64 of shape ``(blocks, p, q)`` and back.
     columns
-        From the classes on the weight's input axis, ``(size,)`` or ``(blocks, size)``, to those of regressors, ``(blocks, p)``.
+        From the classes on the weight's input axis, ``(size,)`` or ``(blocks, size)``, to those of regressors,
+        ``(blocks, p)``.
     channel
         Axis of the output on which the q targets lie.
     bias_scale

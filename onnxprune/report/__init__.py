@@ -18,7 +18,8 @@ from onnxprune.report.names import names
 from onnxprune.report.reasons import FrozenRow, frozen_rows
 
 __all__ = [
-    "FrozenRow", "GroupRow", "Layer", "Report", "Target", "error_json", "frozen_rows", "group_rows", "layers", "proof_json",
+    "FrozenRow", "GroupRow", "Layer", "Probe", "Report", "Target", "error_json", "frozen_rows", "group_rows", "layers",
+    "proof_json",
 ]  # fmt: skip
 
 COST_KINDS = ("mac", "weights", "params", "activations", "bandwidth")
@@ -33,6 +34,17 @@ class Target:
     achieved: float
     floor: float
     share: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A budget that a search tried: MAC share asked for and reached, quality, how far it fell, and whether it passes."""
+
+    target: float
+    achieved: float
+    quality: float
+    drop: float
+    ok: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,7 @@ class Report:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     compensation: Compensation | None = None
+    probes: tuple[Probe, ...] = ()
 
     @property
     def target(self) -> Target | None:
@@ -142,6 +155,7 @@ class Report:
             "notes": list(self.notes),
             "scoring": dict(self.facts),
             "compensation": self.compensation and compensation_json(self.compensation),
+            "probes": [_fields(probe) for probe in self.probes],
         }
 
 

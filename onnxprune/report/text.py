@@ -182,7 +182,8 @@ def _fitted(compensation: Compensation) -> str:
     errors = [row.error / row.error_before for row in fitted if row.error_before > 0]
     text = f"fitted   {len(fitted)} of {len(compensation.solved)} operators"
     if errors:
-        text += f"; on {compensation.held_back} samples held back their errors fell to {100 * float(np.median(errors)):.0f} %"
+        left = 100 * float(np.median(errors))
+        text += f"; on {compensation.held_back} samples held back their errors fell to {left:.0f} %"
     if others:
         text += f"; {others[0].node} stays as it is ({others[0].note})"
         text += f", and {len(others) - 1} more (see --json)" if len(others) > 1 else ""
