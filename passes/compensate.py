@@ -20,7 +20,8 @@ from onnxprune.amend import AddedBias
 from onnxprune.coupling import Coupling
 from onnxprune.model import Model, Node
 from onnxprune.passes.calibrate import Feeds, n_samples, pick
-from onnxprune.passes.least_squares import Fit, Rows, fit
+from onnxprune.passes.least_squares import Fit, Rows, Weights, fit
+from onnxprune.passes.pairs import RIDGE, PairRows, refine
 from onnxprune.passes.trace import Memory, Trace
 from onnxprune.passes.units import Rescaled, Unit, find
 from onnxprune.protos import constant_tensor
@@ -29,6 +30,9 @@ ROWS = 48
 """Sampled positions per unknown of an operator's regression."""
 
 LEAST_ROWS = 8192
+PAIR_ROWS = 6000
+"""Sampled positions of a pair's second operator."""
+
 HELD_BACK = 5
 """Every fifth sample judges instead of training."""
 
@@ -103,7 +107,7 @@ class _Run:
         self, original, coupling, pruned, pruned_model, keep, feeds, units, mode, memory, seed, provider
     ) -> None:
         self.coupling, self.model, self.keep, self.feeds = coupling, pruned_model, keep, feeds
-        self.mode, self.seed = mode, seed
+        self.mode, self.seed, self.units = mode, seed, units
         held = Memory(memory // 2)
         watched = [name for unit in units for name in _watched(unit)]
         self.teacher = Trace(original, feeds, watched, held, provider)
@@ -185,6 +189,8 @@ class _Run:
             rows, matrix * gain[:, None], bias * gain + shift, unit.rectifier,
             free_matrix=self.mode == "least-squares", free_offset=free_offset,
         )  # fmt: skip
+        if self.mode == "least-squares" and (follower := self._follower(number, unit)) is not None:
+            found = self._paired(number, unit, follower, found)
         if np.isfinite(found.ridge):
             alive = np.abs(gain) > 1e-12
             safe = np.where(alive, gain, 1.0)
@@ -193,6 +199,72 @@ class _Run:
             if free_offset:
                 self._set_bias(unit, bias, np.where(alive, (found.offset - shift) / safe, bias))
         return found
+
+    def _follower(self, number: int, unit: Unit) -> Unit | None:
+        """The unit that alone reads what this one puts out, where the two can be fitted as a pair."""
+        if unit.view.blocks > 1 or unit.skip is not None:
+            return None
+        name = unit.watch
+        edges = self.model.consumers.get(name, ())
+        if unit.rectifier is not None:
+            name = edges[0][0].key
+            edges = self.model.consumers.get(name, ())
+        if len(edges) != 1 or name in self.model.outputs:
+            return None
+        node, index = edges[0]
+        for other in self.units[number + 1 :]:
+            if isinstance(other, Unit) and other.node is node:
+                fits = other.view.data == index and other.view.blocks == 1 and len(other.uses) == 1
+                made = self.model.producer.get(other.skip) if other.skip else None
+                early = made is None or self.student.place_of(made.key) <= self.student.place_before(unit.node.key)
+                return other if fits and early else None
+        return None
+
+    def _paired(self, number: int, unit: Unit, other: Unit, found: Fit) -> Fit:
+        """Fit a unit and its only reader together; the reader is solved again in its turn, beginning from the result."""
+        view, parts, images, quota = unit.view, [], [], 0
+        self.front = max(self.front, self.teacher.place_of(other.watch))
+        names = [unit.node.inputs[view.data], *([other.skip] if other.skip else [])]
+        for index in range(len(self.feeds)):
+            y, hidden = self._target(index, other.watch), self._target(index, unit.watch)
+            x, *skip = self.student.values(index, self.student.place_before(unit.node.key), names)
+            positions = other.view.positions(y.shape)
+            sources = other.view.sources(hidden.shape, y.shape, np.zeros(1, np.int64))
+            width = sources.shape[1] * (self._widths(view, x, hidden)[0] + 4 * hidden.shape[view.channel])
+            quota = quota or min(-(-PAIR_ROWS // self.total), max(1, self.row_bytes // (4 * width * self.total)))
+            picked = self._picked(number + 100_000, index, positions, quota)
+            sources = other.view.sources(hidden.shape, y.shape, picked)
+            rows = view.regressors(x, hidden.shape, np.maximum(sources.ravel(), 0))[0]
+            parts.append(
+                (rows.reshape(len(picked), -1), (sources >= 0), *(other.view.targets(a, picked)[0] for a in (y, *skip)))
+            )
+            images.append(self.first[index] + picked // (positions // n_samples(self.feeds[index])))
+        judging = self.judges[np.concatenate(images)]
+        order = np.argsort(judging, kind="stable")
+        joined = [np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True)]
+        taps = joined[1].shape[1]
+        rows = PairRows(
+            joined[0].reshape(len(order) * taps, -1), joined[1].ravel(), joined[2], joined[3] if len(joined) > 3 else None,
+            int((~judging).sum()),
+        )  # fmt: skip
+        matrix = other.view.matrix(self._old(other.weight))
+        shape = matrix.shape[0], matrix.shape[2]
+        gain, shift = self._behind(other, shape)
+        bias = self._old_bias(other, shape)
+        alive = np.abs(gain) > 1e-12
+        free = [each.bias is not None or each.norm is not None for each in (unit, other)]
+        if not alive.all():
+            return found
+        refined = refine(
+            rows, Weights(found.matrix, found.offset), unit.rectifier, Weights(matrix * gain[:, None], bias * gain + shift),
+            other.rectifier, free_offsets=(free[0], free[1]),
+        )  # fmt: skip
+        if not refined.error < refined.error_before:
+            return found
+        self._set(other.weight, other.view.restore(refined.second.matrix / gain[:, None]))
+        if free[1] and self._given_bias(other) is not None or other.norm is not None:
+            self._set_bias(other, bias, (refined.second.offset - shift) / gain)
+        return Fit(refined.first.matrix, refined.first.offset, found.error_before, found.error, min(found.ridge, RIDGE))
 
     @staticmethod
     def _widths(view, x: np.ndarray, y: np.ndarray) -> tuple[int, int]:

@@ -108,7 +108,7 @@ def fit(
     start = Weights(matrix, offset)
     train = rows.part(0, rows.n_train)
     judge = rows.part(rows.n_train, rows.x.shape[1]) if rows.n_train < rows.x.shape[1] else train
-    before = _error(judge, start, rectifier)
+    before = error(judge, start, rectifier)
     best, best_error, best_ridge = start, before, np.inf
     if not (free_matrix or free_offset) or not np.isfinite(before):
         return Fit(matrix, offset, before, before, np.inf)
@@ -116,16 +116,16 @@ def fit(
     moments = _Moments(train, free_matrix, free_offset)
     for ridge in candidates:
         found = _solve(train, moments, start, start, ridge, rectifier, STEPS)
-        error = _error(judge, found, rectifier)
-        if error < best_error:
-            best, best_error, best_ridge = found, error, ridge
+        judged = error(judge, found, rectifier)
+        if judged < best_error:
+            best, best_error, best_ridge = found, judged, ridge
     if np.isfinite(best_ridge):
         whole = rows.part(0, rows.x.shape[1])
         moments = _Moments(whole, free_matrix, free_offset)
         final = _solve(whole, moments, best, start, best_ridge, rectifier, FINAL_STEPS)
-        if _error(judge, final, rectifier) < before:
+        if error(judge, final, rectifier) < before:
             best = final
-    return Fit(best.matrix, best.offset, before, _error(judge, best, rectifier), best_ridge)
+    return Fit(best.matrix, best.offset, before, error(judge, best, rectifier), best_ridge)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,7 +186,15 @@ def _solve(
     return Weights(weights[:, :p], weights[:, p])
 
 
-def _error(rows: Rows, weights: Weights, rectifier: Rectifier | None) -> float:
+def least_squares(
+    rows: Rows, begin: Weights, ridge: float, rectifier: Rectifier | None, *, free_offset: bool, steps: int = STEPS
+) -> Weights:
+    """Solve with one ridge that draws to ``begin``, all rows training."""
+    return _solve(rows, _Moments(rows, True, free_offset), begin, begin, ridge, rectifier, steps)
+
+
+def error(rows: Rows, weights: Weights, rectifier: Rectifier | None) -> float:
+    """Mean squared error behind the rectifier."""
     z, target = weights.output(rows), rows.target
     if rectifier is not None:
         z, target = rectifier(z), rectifier(target)

@@ -42,8 +42,13 @@ class Regression:
         ``(blocks, p)``.
     channel
         Axis of the output on which the q targets lie.
+    input_axis
+        Axis of the weight along which inputs lie.
     bias_scale
         What the operator multiplies its bias input by.
+    sources
+        ``sources(x.shape, y.shape, picked)``: position of the input, samples slowest, that every tap of a row reads,
+        int64 ``(len(picked), taps)``; -1 in the padding.
     """
 
     data: int
@@ -59,6 +64,7 @@ class Regression:
     channel: int
     input_axis: int
     bias_scale: float = 1.0
+    sources: Callable[[Shape, Shape, np.ndarray], np.ndarray] = lambda x, y, picked: picked[:, None]
 
 
 def regresses(*ops: str) -> Callable[[Rule], Rule]:
@@ -223,7 +229,7 @@ def _spatial(
         data=0, weight=1, bias=2, blocks=groups,
         positions=lambda y: y[0] * prod(y[2:]),
         regressors=regressors, targets=targets, matrix=matrix, restore=restore, columns=columns,
-        channel=1, input_axis=input_axis,
+        channel=1, input_axis=input_axis, sources=sources,
     )  # fmt: skip
 
 
