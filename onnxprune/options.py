@@ -67,7 +67,7 @@ class Options:
     seed: int = 0
     proof: bool = True
     calib: Any = None
-    calib_memory: int = 2 << 30
+    calib_memory: int = 2_000_000_000
     compensate: str = "auto"
     allocation: str = ALLOCATIONS[0]
     new_nodes: bool = True

@@ -222,8 +222,8 @@ def _runs(
 
 def _row(model: str, options: Options) -> Row:
     ((kind, target),) = options.targets.items()
-    compensation = str(getattr(options, "compensate", "none"))
-    return Row(model, options.preset, options.criterion, compensation, kind, target)
+    criterion = options.criterion_for(options.calib is not None)
+    return Row(model, options.preset, criterion, options.compensation, kind, target)
 
 
 def _file_name(name: str, row: Row) -> str:

@@ -262,7 +262,7 @@ class _Run:
         if not refined.error < refined.error_before:
             return found
         self._set(other.weight, other.view.restore(refined.second.matrix / gain[:, None]))
-        if free[1] and self._given_bias(other) is not None or other.norm is not None:
+        if (free[1] and self._given_bias(other) is not None) or other.norm is not None:
             self._set_bias(other, bias, (refined.second.offset - shift) / gain)
         return Fit(refined.first.matrix, refined.first.offset, found.error_before, found.error, min(found.ridge, RIDGE))
 

@@ -6,6 +6,7 @@ the operator's rules for as long as a test runs.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -158,3 +159,10 @@ def runnable(case: Case, monkeypatch) -> Case:
         if (MICROSOFT, case.op) in table:
             monkeypatch.setitem(table, (STAND_IN, case.op), table[MICROSOFT, case.op])
     return replace(case, build=lambda: standing_in(case.build()))
+
+
+def ten_times(number: int) -> int:
+    """Work, but for number 2, which ends its process."""
+    if number == 2:
+        os._exit(9)
+    return 10 * number

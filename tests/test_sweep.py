@@ -28,6 +28,7 @@ from onnxprune import parcels, pipeline, quality, runtime, sweep, workers
 from onnxprune.errors import FileError, OnnxPruneError, UsageError
 from onnxprune.report import pareto, rows
 from onnxprune.report.rows import Measured, Row
+from standins import ten_times
 
 DIGITS = Path(__file__).parents[1] / "fixtures" / "digits"
 MODEL, DATA = DIGITS / "digits.onnx", DIGITS / "digits_eval.npz"
@@ -462,13 +463,6 @@ def test_ctrl_c_leaves_whole_tables_and_models(tmp_path: Path) -> None:
 
 
 # -- workers -----------------------------------------------------------------------------------------------------------
-
-
-def ten_times(number: int) -> int:
-    """Work, but for number 2, which ends its process."""
-    if number == 2:
-        os._exit(9)
-    return 10 * number
 
 
 def test_a_killed_process_costs_its_own_run_alone() -> None:
