@@ -38,9 +38,12 @@ class Regression:
     matrix, restore
         From a weight to float64 of shape ``(blocks, p, q)`` and back.
     columns
-        From the classes on the weight's input axis, ``(size,)`` or ``(blocks, size)``, to those of regressors, ``(blocks, p)``.
+        From the classes on the weight's input axis, ``(size,)`` or ``(blocks, size)``, to those of regressors,
+        ``(blocks, p)``.
     channel
         Axis of the output on which the q targets lie.
+    input_axis
+        Axis of the weight that is summed over.
     bias_scale
         What the operator multiplies its bias input by.
     """
@@ -79,7 +82,9 @@ def regression(node: Node, weight_shape: Callable[[int], Shape | None]) -> Regre
         Gives the shape of an input that is a constant of floats, else None.
     """
     rule = _RULES.get(node.op) if node.domain in ("", "ai.onnx") else None
-    for index in (1, 0) if rule is not None else ():
+    if rule is None:
+        return None
+    for index in (1, 0):
         shape = weight_shape(index) if node.has(index) else None
         if shape is not None and (index == 1 or node.op == "MatMul"):
             return rule(node, shape) if index else _left_product(node, shape)
