@@ -241,17 +241,16 @@ def _geometry(
     pads = node.attributes.get("pads", [0] * 2 * rank)
     auto = node.attributes.get("auto_pad", "NOTSET")
     auto = auto.decode() if isinstance(auto, bytes) else auto
-    if auto == "VALID":
-        pads = [0] * 2 * rank
-    elif auto.startswith("SAME") or (transposed and "output_shape" in node.attributes):
+    if auto.startswith("SAME") or (transposed and "output_shape" in node.attributes):
         extra = node.attributes.get("output_padding", [0] * rank)
         pads = []
         for d in range(rank):
             long, short = (x[d], y[d]) if not transposed else (y[d], x[d])
             reach = strides[d] * (short - 1) + (kernel[d] - 1) * dilations[d] + 1
             total = max(0, reach - long + (extra[d] if transposed else 0))
-            upper = auto == "SAME_UPPER" or (auto == "NOTSET" and transposed)
-            pads.append(total // 2 if upper else total - total // 2)
+            pads.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
+    elif auto == "VALID":
+        pads = [0] * 2 * rank
     return strides, dilations, pads[:rank]
 
 
