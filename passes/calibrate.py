@@ -152,7 +152,9 @@ def calibrate(
         matrix = np.take_along_axis(whole, fold.reshape(view.blocks, -1, 1), 1)
         matrix = matrix.reshape(*fold.shape, -1).transpose(0, 2, 1, 3).reshape(view.blocks, fold.shape[2], -1)
         classes = np.take_along_axis(columns, fold[:, 0], 1)
-        consumers.append(Consumer(node, view, weight.name, bias and bias.name, gram / n, matrix, classes, fold))
+        consumers.append(
+            Consumer(node, view, weight.name, bias.name if bias else None, gram / n, matrix, classes, fold)
+        )
     progress(len(found), len(found))
     trace.close()
     return consumers

@@ -19,6 +19,7 @@ import onnx
 from onnxprune.amend import AddedBias
 from onnxprune.coupling import Coupling
 from onnxprune.model import Model, Node
+from onnxprune.ops.regress import Regression
 from onnxprune.passes.calibrate import Feeds, n_samples, pick
 from onnxprune.passes.least_squares import Fit, Rows, Weights, fit
 from onnxprune.passes.pairs import RIDGE, PairRows, refine
@@ -93,7 +94,10 @@ def compensate(
     inner = {node.output[0] for node in file.graph.node if node.output}
     units, left = find(coupling, pruned_model, keep, writable, inner, new_nodes=new_nodes)
     run = _Run(original, coupling, pruned, pruned_model, keep, feeds, units, mode, memory, seed, provider)
-    solved = [run.solve(number, unit) for number, unit in enumerate(units) if not progress(number, len(units))]
+    solved = []
+    for number, unit in enumerate(units):
+        progress(number, len(units))
+        solved.append(run.solve(number, unit))
     progress(len(units), len(units))
     run.close()
     solved += [Solved(node.title, node.op, np.nan, np.nan, np.inf, f"left: {reason}") for node, reason in left]
@@ -104,8 +108,9 @@ class _Run:
     """Two graphs on their way through the samples, and what has been solved so far."""
 
     def __init__(
-        self, original, coupling, pruned, pruned_model, keep, feeds, units, mode, memory, seed, provider
-    ) -> None:
+        self, original: onnx.ModelProto, coupling: Coupling, pruned: onnx.ModelProto, pruned_model: Model, keep: np.ndarray,
+        feeds: Feeds, units: Sequence[Unit | Rescaled], mode: Mode, memory: int, seed: int, provider: str,
+    ) -> None:  # fmt: skip
         self.coupling, self.model, self.keep, self.feeds = coupling, pruned_model, keep, feeds
         self.mode, self.seed, self.units = mode, seed, units
         held = Memory(memory // 2)
@@ -124,6 +129,7 @@ class _Run:
         self.n_judging = int(self.judges.sum())
 
     def close(self) -> None:
+        """Give back all memory."""
         self.teacher.close()
         self.student.close()
 
@@ -267,7 +273,7 @@ class _Run:
         return Fit(refined.first.matrix, refined.first.offset, found.error_before, found.error, min(found.ridge, RIDGE))
 
     @staticmethod
-    def _widths(view, x: np.ndarray, y: np.ndarray) -> tuple[int, int]:
+    def _widths(view: Regression, x: np.ndarray, y: np.ndarray) -> tuple[int, int]:
         """Unknowns per output, and numbers stored per position."""
         x_width = view.regressors(x, y.shape, np.zeros(1, np.int64)).shape[2]
         return x_width, view.blocks * (x_width + 2 * view.targets(y, np.zeros(1, np.int64)).shape[2])
@@ -295,7 +301,7 @@ class _Run:
             self._set(unit.weight, view.restore(found.matrix))
         return found
 
-    def _use_bias(self, use: Node, view) -> np.ndarray:
+    def _use_bias(self, use: Node, view: Regression) -> np.ndarray:
         constant = self.model.constant(use.inputs[view.bias]) if view.bias is not None and use.has(view.bias) else None
         if constant is None:
             return np.zeros((view.blocks, 1), np.float32)

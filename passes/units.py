@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
@@ -248,8 +247,3 @@ def _readers(model: Model) -> Mapping[str, list[tuple[Node, int]]]:
         for name in node.captured:
             table.setdefault(model.aliases.get(name, name), []).append((node, -1))
     return table
-
-
-def sizes(rows: tuple[int, ...], channel: int) -> int:
-    """Positions of a tensor besides its channels."""
-    return prod(size for axis, size in enumerate(rows) if axis != channel % len(rows))

@@ -86,7 +86,9 @@ def regression(node: Node, weight_shape: Callable[[int], Shape | None]) -> Regre
         Gives the shape of an input that is a constant of floats, else None.
     """
     rule = _RULES.get(node.op) if node.domain in ("", "ai.onnx") else None
-    for index in (1, 0) if rule is not None else ():
+    if rule is None:
+        return None
+    for index in (1, 0):
         shape = weight_shape(index) if node.has(index) else None
         if shape is not None and (index == 1 or node.op == "MatMul"):
             return rule(node, shape) if index else _left_product(node, shape)
@@ -243,17 +245,16 @@ def _geometry(
     pads = node.attributes.get("pads", [0] * 2 * rank)
     auto = node.attributes.get("auto_pad", "NOTSET")
     auto = auto.decode() if isinstance(auto, bytes) else auto
-    if auto == "VALID":
-        pads = [0] * 2 * rank
-    elif auto.startswith("SAME") or (transposed and "output_shape" in node.attributes):
+    if auto.startswith("SAME") or (transposed and "output_shape" in node.attributes):
         extra = node.attributes.get("output_padding", [0] * rank)
         pads = []
         for d in range(rank):
             long, short = (x[d], y[d]) if not transposed else (y[d], x[d])
             reach = strides[d] * (short - 1) + (kernel[d] - 1) * dilations[d] + 1
             total = max(0, reach - long + (extra[d] if transposed else 0))
-            upper = auto == "SAME_UPPER" or (auto == "NOTSET" and transposed)
-            pads.append(total // 2 if upper else total - total // 2)
+            pads.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
+    elif auto == "VALID":
+        pads = [0] * 2 * rank
     return strides, dilations, pads[:rank]
 
 
