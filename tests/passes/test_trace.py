@@ -262,6 +262,19 @@ def test_replaced_constants_are_read_by_later_nodes(limit: int) -> None:
         assert not np.allclose(have, whole(model, ["g"], feed)[0], atol=1e-3)
 
 
+@every_limit
+def test_a_piece_is_prepared_anew_for_new_constants(limit: int) -> None:
+    """The very piece that has just run gives other values once a constant of it was replaced."""
+    model = residual()
+    feeds = feeds_of(model)
+    trace = Trace(model, feeds, (), Memory(limit))
+    before = trace.values(0, trace.place_of("c"), ["c"], stay=True)[0]
+    trace.replace("c.b", np.arange(6))
+    after = trace.values(0, trace.place_of("c"), ["c"], stay=True)[0]
+    assert_same(after, whole(changed(model, "c.b", np.arange(6, dtype=np.float32)), ["c"], feeds[0])[0])
+    assert not np.allclose(after, before)
+
+
 def test_what_has_run_keeps_the_old_constant() -> None:
     """Replacing the weight of a node that has run changes nothing that is held."""
     model = residual()
