@@ -163,9 +163,9 @@ def sensitivity(console: Console, table: SensitivityTable) -> None:
         _add(shown, group, str(any_row.size), any_row.name, *(_figures(rows.get(s)) for s in shares))
     if table.metric:
         console.print(f"before   {table.metric} {table.before:.6g} over {table.samples} samples", highlight=False)
-    compensated = any(row.drop_compensated is not None for row in table.rows)
     what = f"drop of {table.metric}" if table.metric else "relative squared error of the outputs"
-    what += " (compensated)" if compensated else ""
+    if table.options.get("compensate", "none") != "none":
+        what += " (compensated)" if table.metric else ", compensated"
     console.print(f"{what}, with each group alone pruned to a share of its channels", highlight=False)
     console.print()
     console.print(shown, width=SENSITIVITY_WIDTH if console.width > SENSITIVITY_WIDTH else None)
