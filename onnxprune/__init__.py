@@ -22,7 +22,9 @@ from onnxprune.plan import Plan
 from onnxprune.quality import evaluate
 from onnxprune.report import Report
 from onnxprune.report.rows import Row as SweepRow
+from onnxprune.report.sensitivity import SensitivityRow, SensitivityTable
 from onnxprune.search import Guard, prune_to_quality
+from onnxprune.sensitivity import sensitivity
 from onnxprune.sweep import sweep
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "QualityError",
     "Report",
     "Result",
+    "SensitivityRow",
+    "SensitivityTable",
     "SweepRow",
     "UsageError",
     "apply",
@@ -45,6 +49,7 @@ __all__ = [
     "ops",
     "prune",
     "prune_to_quality",
+    "sensitivity",
     "sweep",
     "verify",
 ]

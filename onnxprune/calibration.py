@@ -91,7 +91,7 @@ def _batches(arrays: Mapping[str, np.ndarray], inputs: Mapping[str, tuple]) -> l
 
 def score_channels(
     loaded_proto: onnx.ModelProto, coupling: Coupling, cost: Cost, options: Options, feeds: Feeds, kinds: Sequence[str],
-    progress: Progress,
+    progress: Progress, sha256: str = "",
 ) -> tuple[Scores, dict[str, Any]]:  # fmt: skip
     """Score every channel by the criterion that the options choose; also say what was measured on the way.
 
@@ -99,6 +99,8 @@ def score_channels(
     ----------
     kinds
         Kinds of cost that the budget limits.
+    sha256
+        Hash of the model's file, to tell whose sensitivities a table holds; empty where there is none.
     """
     criterion = options.criterion_for(bool(len(feeds)))
     if criterion not in MEASURED:
@@ -117,7 +119,7 @@ def score_channels(
     weights = np.ones(len(rankings))
     allocation = "sensitivity" if options.sensitivity else options.allocation
     if options.sensitivity:
-        rankings = Sensitivities.read(options.sensitivity).applied(rankings)
+        rankings = Sensitivities.read(options.sensitivity, sha256).applied(rankings)
     elif allocation == "sensitivity":
         macs = cost.total("mac", cost.counts(np.ones(coupling.n_classes, bool)))
         weights = weigh(

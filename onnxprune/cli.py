@@ -479,4 +479,5 @@ def main() -> None:
     commands.main()
 
 
-import onnxprune.cli_sweep  # noqa: E402, F401 (it adds its command to the group above)
+import onnxprune.cli_sensitivity  # noqa: E402 (these add their commands to the group above)
+import onnxprune.cli_sweep  # noqa: E402, F401

@@ -95,6 +95,8 @@ class Options:
         if self.calib is None and (self.compensate in ("bias", "least-squares") or self.criterion in MEASURED):
             which = f"--criterion {self.criterion}" if self.criterion in MEASURED else f"--compensate {self.compensate}"
             raise UsageError(f"{which} needs calibration data (--calib): a few dozen inputs without labels will do")
+        if self.sensitivity and self.criterion_for(self.calib is not None) != "obs":
+            raise UsageError(f"--sensitivity {self.sensitivity} goes with criterion obs, which needs --calib")
         if self.calib_memory < 1 << 20:
             raise UsageError(f"calib-memory {self.calib_memory}: give at least 1M")
         for kind, value in self.targets.items():

@@ -166,7 +166,9 @@ def ready(model: ModelLike, options: Options, clock: Clock, progress: Progress =
         if Budget(options.targets, loaded.cost.of(every), 0).met and options.targets and "size" not in options.targets:
             return Ready(loaded, score(loaded.coupling, "l2", options.seed), (), {}, ())  # nothing will be removed
         feeds, notes = load_feeds(loaded.coupling, options)
-        scores, facts = score_channels(loaded.flat, loaded.coupling, loaded.cost, options, feeds, kinds, progress)
+        scores, facts = score_channels(
+            loaded.flat, loaded.coupling, loaded.cost, options, feeds, kinds, progress, loaded.sha256
+        )
     return Ready(loaded, scores, feeds, facts, notes)
 
 
@@ -210,6 +212,14 @@ def finish(run: Ready, options: Options, clock: Clock, progress: Progress = sile
 
 
 HINT = "64 real inputs without labels (--calib) would keep far more quality than weights alone can tell"
+
+
+def cut(run: Ready, keep: np.ndarray, options: Options) -> tuple[onnx.ModelProto, onnx.ModelProto | None]:
+    """Apply ``keep`` (bool per class) without a proof; also compensated, where the options say so."""
+    pruned = _apply(run.loaded, make_plan(run.loaded.coupling, keep, run.loaded.sha256), keep)
+    if options.compensation == "none":
+        return pruned, None
+    return pruned, _compensate(run.loaded, pruned, keep, run.feeds, options, silent, Clock())[0]
 
 
 def _compensate(

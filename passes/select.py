@@ -110,7 +110,7 @@ def lowest(coupling: Coupling, cost: Cost, preset: Preset, limits: Limits) -> di
     """Cost of every kind with everything removed that may be."""
     keep = np.ones(coupling.n_classes, bool)
     for bundle in coupling.bundles:
-        keep[bundle.units(np.zeros(coupling.n_classes))[: _cuts(bundle, preset, limits)[-1]]] = False
+        keep[bundle.units(np.zeros(coupling.n_classes))[: removals(bundle, preset, limits)[-1]]] = False
     counts = cost.counts(keep)
     return {kind: cost.total(kind, counts) for kind in KINDS}
 
@@ -170,7 +170,7 @@ def _removal_order(
     runs, scores, sizes, owner = [], [], [], []
     for number, bundle in enumerate(bundles):
         units = bundle.units(order)
-        cuts = np.array(_cuts(bundle, preset, limits))
+        cuts = np.array(removals(bundle, preset, limits))
         if len(cuts) > 1:
             means = np.add.reduceat(order[units[: cuts[-1]]].mean(1), cuts[:-1])
             scores.append(np.maximum.accumulate(means / np.diff(cuts)))
@@ -187,7 +187,7 @@ def _removal_order(
     return channels, np.concatenate([[0], np.cumsum(flat_sizes[turn])]), flat_owner[turn]
 
 
-def _cuts(bundle: Bundle, preset: Preset, limits: Limits) -> list[int]:
+def removals(bundle: Bundle, preset: Preset, limits: Limits) -> list[int]:
     """Numbers of units that may be removed from a bundle, ascending from zero."""
     size = bundle.size
     least = max(1, limits.min_channels, ceil(preset.floor * size), ceil((1 - limits.max_prune) * size - 1e-9))

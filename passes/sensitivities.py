@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,30 +22,45 @@ def bundle_id(bundle: Bundle) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sensitivities:
-    """Relative error of the output by bundle id and number of units removed."""
+    """Relative error of the output by bundle id and number of units removed, and the number of channels by bundle id."""
 
     errors: Mapping[str, Mapping[int, float]]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> Sensitivities:
+    def read(cls, path: str | os.PathLike, sha256: str = "") -> Sensitivities:
         """Read the JSON file that the command ``sensitivity`` writes.
+
+        Parameters
+        ----------
+        sha256
+            Hash of the model that the table is wanted for; empty where the model is no file.
 
         Raises
         ------
         FileError, ModelError
-            The file cannot be read, or is not such a table.
+            The file cannot be read, is not such a table, or is the table of another model.
         """
         try:
-            rows = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["rows"]
+            table = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            measured = str(table.get("model", {}).get("sha256") or "")
             errors: dict[str, dict[int, float]] = {}
-            for row in rows:
+            sizes: dict[str, int] = {}
+            for row in table["rows"]:
+                if row.get("size") is not None:
+                    sizes[str(row["group"])] = int(row["size"])
                 if row["error"] is not None:
                     errors.setdefault(str(row["group"]), {})[int(row["removed"])] = float(row["error"])
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(f"{path}: the sensitivity table cannot be read ({error})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path}: is not a table that onnxprune sensitivity wrote ({error!r})") from error
-        return cls(errors)
+        if sha256 and measured and sha256 != measured:
+            raise ModelError(
+                f"{path}: was measured on another model (sha256 {measured[:12]}, this one's is {sha256[:12]}); "
+                "run onnxprune sensitivity on this model"
+            )
+        return cls(errors, sizes)
 
     def applied(self, rankings: Sequence[Ranking]) -> list[Ranking]:
         """Rankings whose errors add up to what was measured at every point of the table, and keep their course between.
@@ -53,12 +68,17 @@ class Sensitivities:
         Raises
         ------
         ModelError
-            The table lacks a group of the model.
+            The table lacks a group of the model, or has another one by its name.
         """
         return [replace(ranking, errors=self._errors(ranking)) for ranking in rankings]
 
     def _errors(self, ranking: Ranking) -> np.ndarray:
         name = bundle_id(ranking.bundle)
+        if self.sizes.get(name, ranking.bundle.size) != ranking.bundle.size:
+            raise ModelError(
+                f"group {name} has {ranking.bundle.size} channels, {self.sizes[name]} in the sensitivity table; measure "
+                "with the same --attention, --ignore and --only"
+            )
         points = sorted((removed, error) for removed, error in self.errors.get(name, {}).items() if removed > 0)
         if not points:
             raise ModelError(f"the sensitivity table has no row for group {name}; measure this model again")

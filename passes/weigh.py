@@ -7,7 +7,7 @@ the bundle's weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -40,16 +40,12 @@ def weigh(
     feeds = _some(feeds, max(LEAST_SAMPLES, int(MAX_MACS / max(macs, 1))))
     probe = _Probe(original, coupling, consumers, provider)
     wanted = [probe.run(feed, {}) for feed in feeds]
-    spread = [_spread(values) for values in zip(*wanted, strict=True)]
+    spread = spreads(wanted)
     weights = np.ones(len(rankings))
     for number, ranking in enumerate(rankings):
         progress(number, len(rankings))
         changes = probe.changes(ranking)
-        moved = np.zeros(len(spread))
-        for feed, want in zip(feeds, wanted, strict=True):
-            have = probe.run(feed, changes)
-            moved += [np.square(h - w, dtype=np.float64).sum() for h, w in zip(have, want, strict=True)]
-        relative = sum(m / s for m, s in zip(moved, spread, strict=True) if s > 0)
+        relative = relative_error((probe.run(feed, changes) for feed in feeds), wanted, spread)
         predicted = ranking.errors[: ranking.probe].sum()
         weights[number] = relative / predicted if predicted > 0 and np.isfinite(relative) else 1.0
     progress(len(rankings), len(rankings))
@@ -67,6 +63,26 @@ def _some(feeds: Feeds, count: int) -> list[Mapping[str, np.ndarray]]:
     if wanted > 1 or max(sizes) <= count or not all(array.shape[:1] == (sizes[0],) for array in feeds[0].values()):
         return chosen
     return [{name: array[:count] for name, array in chosen[0].items()}]
+
+
+def float_outputs(session: Session, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Run once; the outputs that hold floats."""
+    return [v for v in session.run(feed) if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
+
+
+def spreads(wanted: Sequence[Sequence[np.ndarray]]) -> list[float]:
+    """What the errors of each output are relative to; ``wanted`` holds the original's outputs for every feed."""
+    return [_spread(values) for values in zip(*wanted, strict=True)]
+
+
+def relative_error(
+    given: Iterable[Sequence[np.ndarray]], wanted: Sequence[Sequence[np.ndarray]], spread: Sequence[float]
+) -> float:
+    """Squared error of every output over its spread, summed over outputs; those that do not vary are left out."""
+    moved = np.zeros(len(spread))
+    for have, want in zip(given, wanted, strict=True):
+        moved += [np.square(h - w, dtype=np.float64).sum() for h, w in zip(have, want, strict=True)]
+    return float(sum(m / s for m, s in zip(moved, spread, strict=True) if s > 0))
 
 
 def _spread(values: Sequence[np.ndarray]) -> float:
@@ -121,8 +137,7 @@ class _Probe:
 
     def run(self, feed: Mapping[str, np.ndarray], changes: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Outputs that hold floats."""
-        values = self.session.run({**feed, **changes})
-        return [v for v in values if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
+        return float_outputs(self.session, {**feed, **changes})
 
     def changes(self, ranking: Ranking) -> dict[str, np.ndarray]:
         """Constants that differ after the removals that a ranking noted."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from onnxprune.errors import FileError, OnnxPruneError, UsageError
+from onnxprune.errors import FileError, UsageError
 from onnxprune.passes.validate import Quality, drop
 
 QUALITY = ("before", "after", "drop", "samples")
@@ -246,11 +246,13 @@ def read(path: pathlib.Path) -> list[Row]:
 
 
 def with_error(path: str | None, code: int, message: str) -> dict[str, Any] | None:
-    """Return the JSON table that a file holds with an error added, so that finished runs outlive it; None without one."""
+    """Return the JSON table that a file holds with an error added, so that finished rows outlive it; None without one."""
     try:
-        if not path or path == "-" or not read(pathlib.Path(path)):
+        if not path or path == "-":
             return None
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OnnxPruneError, ValueError, OSError):
+    except (ValueError, OSError):
+        return None
+    if not isinstance(content, dict) or content.get("schema") != 1 or not content.get("rows"):
         return None
     return content | {"error": {"code": code, "message": message}}

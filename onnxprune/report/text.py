@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich import box
@@ -14,6 +14,9 @@ from rich.table import Table
 from onnxprune.passes.compensate import Compensation
 from onnxprune.report import FrozenRow, GroupRow, Layer, Report
 from onnxprune.report.rows import Row
+from onnxprune.report.sensitivity import SensitivityRow, SensitivityTable
+
+SENSITIVITY_WIDTH = 100  # columns: names of groups are folded rather than figures
 
 NAMES = {
     "mac": "MAC",
@@ -143,6 +146,49 @@ def sweep(console: Console, rows: Sequence[Row]) -> None:
     for (model, error), times in Counter((row.model, row.error) for row in rows if not row.ok).items():
         runs = f" ({times} runs)" if times > 1 else ""
         console.print(f"failed   {model}{runs}: {error}", highlight=False, markup=False, soft_wrap=True)
+
+
+def sensitivity(console: Console, table: SensitivityTable) -> None:
+    """Show one line per bundle and one column per share, the most sensitive last; under the table what failed, and why."""
+    shares = sorted({row.share for row in table.rows}, reverse=True)
+    by_group: dict[str, dict[float, SensitivityRow]] = {}
+    for row in table.rows:
+        by_group.setdefault(row.group, {})[row.share] = row
+    shown = _table(console, "group", "channels", "what they are", *(f"{100 * s:g} %" for s in shares), align="lrl")
+    for column in (shown.columns[1], *shown.columns[3:]):
+        column.no_wrap = True
+    for group in sorted(by_group, key=lambda group: _sensitive(by_group[group], shares)):
+        rows = by_group[group]
+        any_row = next(iter(rows.values()))
+        _add(shown, group, str(any_row.size), any_row.name, *(_figures(rows.get(s)) for s in shares))
+    if table.metric:
+        console.print(f"before   {table.metric} {table.before:.6g} over {table.samples} samples", highlight=False)
+    what = f"drop of {table.metric}" if table.metric else "relative squared error of the outputs"
+    if table.options.get("compensate", "none") != "none":
+        what += " (compensated)" if table.metric else ", compensated"
+    console.print(f"{what}, with each group alone pruned to a share of its channels", highlight=False)
+    console.print()
+    console.print(shown, width=SENSITIVITY_WIDTH if console.width > SENSITIVITY_WIDTH else None)
+    for (group, note), times in Counter((row.group, row.note) for row in table.rows if row.note).items():
+        of = f" ({times} shares)" if times > 1 else ""
+        console.print(f"note     {group}{of}: {note}", highlight=False, markup=False, soft_wrap=True)
+    for note in table.notes:
+        console.print(f"note     {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _sensitive(rows: Mapping[float, SensitivityRow], shares: Sequence[float]) -> tuple[float, ...]:
+    """Figures from the smallest share up, what is missing below all others."""
+    figures = [rows[s].figure if s in rows else None for s in reversed(shares)]
+    return tuple(-np.inf if figure is None else figure for figure in figures)
+
+
+def _figures(row: SensitivityRow | None) -> str:
+    if row is None or row.figure is None:
+        return "-"
+    if row.drop is None and row.drop_compensated is None:
+        return f"{row.error:.3g}"
+    first = "-" if row.drop is None else f"{row.drop:.3g}"
+    return first if row.drop_compensated is None else f"{first} ({row.drop_compensated:.3g})"
 
 
 def share(part: float, whole: float) -> str:
