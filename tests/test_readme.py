@@ -19,7 +19,7 @@ VOLATILE = ("latency", "note     fewer MAC")  # what depends on the machine
 def stable(text: str, *, calibrated: bool = False) -> list[str]:
     """Lines that do not depend on the machine, without the padding of the cost table's last column.
 
-    What is fitted to data differs between processors in its last digits, and then in what is chosen: there, only words count.
+    What is fitted to data differs between processors in its last digits, then in what is chosen: there, only words count.
     """
     lines = [re.sub(r" +", " ", line).strip() for line in text.strip().splitlines()]
     if calibrated:
