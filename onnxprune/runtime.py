@@ -71,13 +71,14 @@ class Session:
         onnxruntime rejects the model.
     """
 
-    def __init__(self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0) -> None:
+    def __init__(self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0, arena: bool = True
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads or _limit.get()
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-        if not optimize:
+        if not optimize or not arena:
             options.enable_cpu_mem_arena = False
         self.promoted = False
         try:
