@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,12 +43,12 @@ def load_feeds(coupling: Coupling, options: Options) -> tuple[Feeds, tuple[str, 
         for name, shape in coupling.model.declared.items()
     }
     if isinstance(calib, Mapping):
-        feeds: Feeds = _batches(calib, inputs)
+        feeds: Feeds = _within(_batches(calib, inputs), coupling, options)
     elif isinstance(calib, Sequence) and not isinstance(calib, str):
         feeds = list(calib)
     else:
         loaded = data.load(calib, inputs, batch=BATCH, scale=options.scale, mean=options.mean, std=options.std)
-        return loaded.feeds, loaded.notes
+        return _within(loaded.feeds, coupling, options) if loaded.batched else loaded.feeds, loaded.notes
     for feed in feeds:
         if missing := inputs.keys() - feed.keys():
             raise UsageError(
@@ -56,6 +57,22 @@ def load_feeds(coupling: Coupling, options: Options) -> tuple[Feeds, tuple[str, 
     if not feeds:
         raise UsageError("calibration data: holds no samples")
     return feeds, ()
+
+
+def _within(feeds: Feeds, coupling: Coupling, options: Options) -> Feeds:
+    """Cut feeds of a dynamic batch so that the tensors of one run stay far below the bound of memory."""
+    model = coupling.model
+    if any(shape and isinstance(shape[0], int) for shape in model.declared.values()):
+        return feeds
+    known = max(1, sum(math.prod(shape) for shape in model.input_shapes.values()))
+    widest = max((math.prod(shape) for shape in model.shapes.values()), default=1)
+    cut = []
+    for feed in feeds:
+        count = n_samples(feed)
+        one = 4 * widest * sum(array.size for array in feed.values()) / count / known  # bytes of the widest tensor
+        size = max(1, min(count, int(options.calib_memory / 32 / max(one, 1))))
+        cut += [{n: a[k : k + size] for n, a in feed.items()} for k in range(0, count, size)]
+    return cut
 
 
 def _numpy_type(kind: int) -> np.dtype:

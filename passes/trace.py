@@ -6,13 +6,13 @@ The graph's nodes are run in their own order, up to a node at a time. Between tw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-from onnxprune.protos import constant_tensor, reads
+from onnxprune.protos import captures, constant_tensor, is_float
 from onnxprune.runtime import Session, in_float32
 
 
@@ -50,7 +50,8 @@ class Trace:
         self, model: onnx.ModelProto, feeds: Sequence[Mapping[str, np.ndarray]], wanted: Iterable[str], memory: Memory,
         provider: str = "",
     ) -> None:  # fmt: skip
-        self._model = in_float32(model) or model
+        promoted = in_float32(model)
+        self._model, self._promoted = promoted or model, promoted is not None
         self._provider = provider
         self._feeds, self._memory = feeds, memory
         graph = self._model.graph
@@ -64,7 +65,7 @@ class Trace:
                 named.CopyFrom(tensor)
                 named.name = node.output[0]
                 self._constants[named.name] = named
-            elif any(reads(node)) and all(not n or n in self._constants or n in self._derived for n in reads(node)):
+            elif any(_reads(node)) and all(not n or n in self._constants or n in self._derived for n in _reads(node)):
                 self._derived.update(dict.fromkeys(node.output, node))
             else:
                 self._nodes.append(node)
@@ -72,7 +73,7 @@ class Trace:
         self._last_read: dict[str, int] = {}
         for place, node in enumerate(self._nodes):
             self._made_at.update(dict.fromkeys(filter(None, node.output), place))
-            self._last_read.update(dict.fromkeys(filter(None, reads(node)), place))
+            self._last_read.update(dict.fromkeys(filter(None, _reads(node)), place))
         self._behind: dict[str, onnx.NodeProto] = {}
         self._pending = dict.fromkeys(wanted)
         self._held: list[dict[str, np.ndarray] | None] = [None] * len(feeds)
@@ -89,8 +90,10 @@ class Trace:
 
     def replace(self, name: str, value: np.ndarray) -> None:
         """Give a constant another value; what has already run keeps the old one."""
-        kind = self._constants[name].data_type if name in self._constants else TensorProto.FLOAT
-        dtype = helper.tensor_dtype_to_np_dtype(kind)
+        if name in self._constants:
+            dtype = helper.tensor_dtype_to_np_dtype(self._constants[name].data_type)
+        else:
+            dtype = np.dtype(np.float32) if self._promoted and is_float(value.dtype) else value.dtype
         self._constants[name] = numpy_helper.from_array(np.asarray(value, dtype, order="C"), name)
         self._sessions.clear()
 
@@ -181,11 +184,11 @@ class Trace:
         for node in reversed(run):
             if not wanted.isdisjoint(node.output):
                 needed.append(node)
-                wanted.update(reads(node))
+                wanted.update(_reads(node))
         needed.reverse()
         made = {name for node in needed for name in node.output}
         derived: dict[int, onnx.NodeProto] = {}
-        stack = [name for node in needed for name in reads(node)] + [name for name in outputs if name not in made]
+        stack = [name for node in needed for name in _reads(node)] + [name for name in outputs if name not in made]
         constants: dict[str, onnx.TensorProto] = {}
         entries: dict[str, None] = {}
         while stack:
@@ -197,7 +200,7 @@ class Trace:
             elif name in self._derived:
                 if id(self._derived[name]) not in derived:
                     derived[id(self._derived[name])] = self._derived[name]
-                    stack.extend(reads(self._derived[name]))
+                    stack.extend(_reads(self._derived[name]))
             else:
                 entries[name] = None
         order = {name: place for place, name in enumerate(self._derived)}
@@ -215,3 +218,9 @@ class Trace:
         )
         model.functions.extend(self._model.functions)
         return Session(model.SerializeToString(), self._provider), list(entries), outputs
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node and its bodies read from outside."""
+    yield from node.input
+    yield from captures(node)

@@ -159,7 +159,8 @@ class _Search:
         norm, factor, skip, rectifier = None, 1.0, None, None
         if behind is not None and behind.op == "BatchNormalization" and index == 0:
             scales = rescale(behind, self.model)
-            if scales is not None and all(self._own(behind, i) is not None for i in scales.parameters):
+            known = all(self.model.constant(name) is not None for name in behind.inputs[1:5])
+            if scales is not None and known and self._own(behind, 3) is not None:  # the mean takes up the bias
                 norm, name = behind, behind.key
                 behind, index = self._reader(name)
         if norm is None and behind is not None and behind.op == "Mul":

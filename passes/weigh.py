@@ -22,7 +22,7 @@ from onnxprune.runtime import Session, in_float32
 MAX_MACS = 2e10
 """Multiply-accumulates of one probe: more samples than that are left out."""
 
-LEAST_SAMPLES = 4
+LEAST_SAMPLES = 1
 Progress = Callable[[int, int], None]
 
 

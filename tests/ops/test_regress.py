@@ -83,6 +83,7 @@ CASES = [
     turned("2d-same-upper-shape", (2, 3, 4, 5), (3, 4, 4, 4), strides=[2, 2], auto_pad="SAME_UPPER", output_shape=[7, 9]),
     turned("2d-same-lower-shape", (2, 3, 4, 5), (3, 4, 4, 4), strides=[2, 2], auto_pad="SAME_LOWER", output_shape=[7, 9]),
     turned("2d-same-kernel-below-stride", (2, 3, 4, 5), (3, 4, 2, 2), strides=[3, 3], auto_pad="SAME_UPPER"),
+    turned("2d-shape-and-padding", (2, 3, 4, 5), (3, 4, 4, 4), strides=[2, 2], output_shape=[8, 9], output_padding=[1, 1]),
     turned("2d-valid-shape", (2, 3, 4, 5), (3, 4, 4, 4), strides=[2, 2], auto_pad="VALID", output_shape=[7, 11]),
     turned("2d-valid", (2, 3, 4, 5), (3, 4, 3, 3), strides=[2, 2], auto_pad="VALID"),
     turned("3d", (1, 2, 2, 3, 3), (2, 3, 2, 3, 2), strides=[2, 1, 2], pads=[1, 0, 0, 0, 1, 1]),
