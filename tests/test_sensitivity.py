@@ -233,8 +233,8 @@ def test_compensated_drops_stand_in_parentheses(calibrated: SensitivityTable) ->
         console, replace(calibrated, metric=None, rows=(bare, replace(bare, share=0.1, error=None, note="no")))
     )
     shown = console.file.getvalue()
-    assert f" {row.drop:.3g} ({row.drop_compensated:.3g})\n" in shown
-    assert f" {row.error:.3g}     -\n" in shown
+    assert f" {row.drop:.2f} ({row.drop_compensated:.2f})\n" in shown
+    assert f" {row.error:.2g}     -\n" in shown
     assert "note     g4: no" in shown
 
 

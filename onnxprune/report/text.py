@@ -16,7 +16,8 @@ from onnxprune.report import FrozenRow, GroupRow, Layer, Report
 from onnxprune.report.rows import Row
 from onnxprune.report.sensitivity import SensitivityRow, SensitivityTable
 
-SENSITIVITY_WIDTH = 100  # columns: names of groups are folded rather than figures
+SENSITIVITY_WIDTH = 100  # columns: names of groups are cut rather than figures
+LONGEST_ID, SHORTEST_NAME = 20, 12
 
 NAMES = {
     "mac": "MAC",
@@ -155,12 +156,19 @@ def sensitivity(console: Console, table: SensitivityTable) -> None:
     for row in table.rows:
         by_group.setdefault(row.group, {})[row.share] = row
     shown = _table(console, "group", "channels", "what they are", *(f"{100 * s:g} %" for s in shares), align="lrl")
-    for column in (shown.columns[1], *shown.columns[3:]):
+    shown.columns[0].max_width = LONGEST_ID
+    for column in shown.columns[1:]:
         column.no_wrap = True
+    places = _places(table.before)
+    cells = {group: [_figures(rows.get(s), places) for s in shares] for group, rows in by_group.items()}
+    gaps = 2 * len(shares) + 4 if shown.box is None else 3 * len(shares) + 8
+    used = min(LONGEST_ID, max(map(len, ["group", *cells]))) + len("channels") + gaps
+    used += sum(max(5, *map(len, column)) for column in zip(*cells.values(), strict=True))
+    room = max(SHORTEST_NAME, min(console.width, SENSITIVITY_WIDTH) - used)
     for group in sorted(by_group, key=lambda group: _sensitive(by_group[group], shares)):
-        rows = by_group[group]
-        any_row = next(iter(rows.values()))
-        _add(shown, group, str(any_row.size), any_row.name, *(_figures(rows.get(s)) for s in shares))
+        row = next(iter(by_group[group].values()))
+        name = row.name if len(row.name) <= room else f"{row.name[: room - 2]}.."
+        _add(shown, group, str(row.size), name, *cells[group])
     if table.metric:
         console.print(f"before   {table.metric} {table.before:.6g} over {table.samples} samples", highlight=False)
     what = f"drop of {table.metric}" if table.metric else "relative squared error of the outputs"
@@ -168,7 +176,7 @@ def sensitivity(console: Console, table: SensitivityTable) -> None:
         what += " (compensated)" if table.metric else ", compensated"
     console.print(f"{what}, with each group alone pruned to a share of its channels", highlight=False)
     console.print()
-    console.print(shown, width=SENSITIVITY_WIDTH if console.width > SENSITIVITY_WIDTH else None)
+    console.print(shown if by_group else "nothing can be pruned; onnxprune inspect says why")
     for (group, note), times in Counter((row.group, row.note) for row in table.rows if row.note).items():
         of = f" ({times} shares)" if times > 1 else ""
         console.print(f"note     {group}{of}: {note}", highlight=False, markup=False, soft_wrap=True)
@@ -182,13 +190,22 @@ def _sensitive(rows: Mapping[float, SensitivityRow], shares: Sequence[float]) ->
     return tuple(-np.inf if figure is None else figure for figure in figures)
 
 
-def _figures(row: SensitivityRow | None) -> str:
+def _places(before: float | None) -> int:
+    """Decimal places that show a thousandth of the original's quality or less."""
+    if not before or not np.isfinite(before):
+        return 4
+    return int(np.clip(3 - np.floor(np.log10(abs(before))), 0, 9))
+
+
+def _figures(row: SensitivityRow | None, places: int) -> str:
     if row is None or row.figure is None:
         return "-"
     if row.drop is None and row.drop_compensated is None:
-        return f"{row.error:.3g}"
-    first = "-" if row.drop is None else f"{row.drop:.3g}"
-    return first if row.drop_compensated is None else f"{first} ({row.drop_compensated:.3g})"
+        return f"{row.error:.2g}"
+    first, second = (
+        v if v is None else f"{round(v, places) + 0.0:.{places}f}" for v in (row.drop, row.drop_compensated)
+    )
+    return (first or "-") if second is None else f"{first or '-'} ({second})"
 
 
 def share(part: float, whole: float) -> str:
