@@ -21,6 +21,7 @@ from onnxprune.passes.rank import by_activation, rank
 from onnxprune.passes.score import Scores, score
 from onnxprune.passes.sensitivities import Sensitivities
 from onnxprune.passes.weigh import weigh
+from onnxprune.runtime import one_blas_thread
 
 BATCH = 32
 
@@ -89,6 +90,7 @@ def _batches(arrays: Mapping[str, np.ndarray], inputs: Mapping[str, tuple]) -> l
     return [{name: array[begin : begin + size] for name, array in arrays.items()} for begin in ends]
 
 
+@one_blas_thread()
 def score_channels(
     loaded_proto: onnx.ModelProto, coupling: Coupling, cost: Cost, options: Options, feeds: Feeds, kinds: Sequence[str],
     progress: Progress, sha256: str = "",

@@ -222,6 +222,7 @@ def cut(run: Ready, keep: np.ndarray, options: Options) -> tuple[onnx.ModelProto
     return pruned, _compensate(run.loaded, pruned, keep, run.feeds, options, silent, Clock())[0]
 
 
+@runtime.one_blas_thread()
 def _compensate(
     loaded: Loaded, pruned: onnx.ModelProto, keep: np.ndarray, feeds: Feeds, options: Options, progress: Progress,
     clock: Clock,

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, numpy_helper
+from threadpoolctl import threadpool_limits
 
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.protos import bodies, is_float
@@ -71,15 +72,18 @@ class Session:
         onnxruntime rejects the model.
     """
 
-    def __init__(self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0, arena: bool = True
+    def __init__(
+        self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0, keep: bool = True
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads or _limit.get()
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-        if not optimize or not arena:
+        if not optimize or not keep:
             options.enable_cpu_mem_arena = False
+        if not keep:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.promoted = False
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=providers(provider))
@@ -112,6 +116,13 @@ class Session:
             return self._session.run(outputs, dict(feeds))
         except Exception as error:
             raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let numpy's linear algebra use one thread: sums then do not depend on the number of cores."""
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 def _promoted(model: str | bytes) -> onnx.ModelProto | None:

@@ -217,7 +217,7 @@ class Trace:
             graph, opset_imports=self._model.opset_import, ir_version=max(self._model.ir_version, 8)
         )
         model.functions.extend(self._model.functions)
-        return Session(model.SerializeToString(), self._provider, arena=False), list(entries), outputs
+        return Session(model.SerializeToString(), self._provider, keep=False), list(entries), outputs
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:

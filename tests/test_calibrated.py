@@ -8,9 +8,9 @@ import pathlib
 import numpy as np
 import onnx
 import pytest
-from commands import ok, run
 
 import onnxprune
+from commands import ok, run
 from onnxprune import onnx_io
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
@@ -102,7 +102,7 @@ def test_verify_accepts_a_fitted_model_and_its_biases(tmp_path):
     data = json.loads(plan.read_text())
     tampered = onnx_io.load(out)
     conv = next(node for node in tampered.graph.node if node.op_type == "Conv" and len(node.input) == 2)
-    size = next(tuple(t.dims)[0] for t in tampered.graph.initializer if t.name == conv.input[1])
+    size = next(t.dims[0] for t in tampered.graph.initializer if t.name == conv.input[1])
     conv.input.append("sneaked")
     tampered.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(size, np.float32), "sneaked"))
     onnx.save(tampered, tmp_path / "tampered.onnx")

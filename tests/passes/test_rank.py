@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -20,7 +22,7 @@ def mlp(widths=(6, 10, 8, 3), seed=0) -> onnx.ModelProto:
     """Gemm, Relu, Gemm, Relu, Gemm with random weights."""
     rng = np.random.default_rng(seed)
     nodes, constants, name = [], [], "x"
-    for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
         constants.append(numpy_helper.from_array(rng.standard_normal((a, b)).astype(np.float32), f"w{i}"))
         constants.append(numpy_helper.from_array(rng.standard_normal(b).astype(np.float32), f"b{i}"))
         last = i == len(widths) - 2
