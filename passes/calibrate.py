@@ -85,7 +85,7 @@ def float_shape(model: Model, node: Node) -> Callable[[int], tuple[int, ...] | N
 def pick(n_rows: int, samples: int, quota: int, rng: np.random.Generator) -> np.ndarray:
     """Positions in order, ``quota`` of each sample at most."""
     each = n_rows // samples
-    if quota >= each:
+    if quota >= each:  # also where there are fewer rows than samples
         return np.arange(n_rows)
     return np.concatenate([s * each + np.sort(rng.choice(each, quota, replace=False)) for s in range(samples)])
 

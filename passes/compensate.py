@@ -153,6 +153,11 @@ class _Run:
         rng = np.random.default_rng((self.seed, index, number))
         return pick(positions, n_samples(self.feeds[index]), quota, rng)
 
+    def _images(self, index: int, picked: np.ndarray, positions: int) -> np.ndarray:
+        """Which sample each position belongs to; nearly, where an axis in front of the samples makes that unclear."""
+        count = n_samples(self.feeds[index])
+        return self.first[index] + np.minimum(picked * count // positions, count - 1)
+
     def _quota(self, unknowns: int, width: int) -> int:
         """Positions per sample; ``width`` numbers are stored for each."""
         wanted = max(LEAST_ROWS, ROWS * (unknowns + 1))
@@ -183,7 +188,7 @@ class _Run:
             quota = quota or self._quota(*self._widths(view, x, y))
             picked = self._picked(number, index, positions, quota)
             parts.append((view.regressors(x, y.shape, picked), *(view.targets(a, picked) for a in (y, *skip))))
-            images.append(self.first[index] + picked // (positions // n_samples(self.feeds[index])))
+            images.append(self._images(index, picked, positions))
         rows = self._sorted(parts, images)
         old = self._old(unit.weight)
         matrix = view.matrix(old)
@@ -244,7 +249,7 @@ class _Run:
             parts.append(
                 (rows.reshape(len(picked), -1), (sources >= 0), *(other.view.targets(a, picked)[0] for a in (y, *skip)))
             )
-            images.append(self.first[index] + picked // (positions // n_samples(self.feeds[index])))
+            images.append(self._images(index, picked, positions))
         judging = self.judges[np.concatenate(images)]
         order = np.argsort(judging, kind="stable")
         joined = [np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True)]
@@ -290,7 +295,7 @@ class _Run:
                 picked = self._picked(number + 1000 * place, index, positions, quota)
                 offset = self._use_bias(use, view)
                 parts.append((view.regressors(x, y.shape, picked), view.targets(y, picked) - offset[:, None]))
-                images.append(self.first[index] + picked // (positions // n_samples(self.feeds[index])))
+                images.append(self._images(index, picked, positions))
         old = self._old(unit.weight)
         matrix = view.matrix(old)
         zero = np.zeros((matrix.shape[0], matrix.shape[2]))
@@ -317,7 +322,7 @@ class _Run:
             quota = quota or self._quota(1, 3 * y.shape[view.channel])
             picked = self._picked(number, index, positions, quota)
             parts.append((view.rows(own, picked), view.rows(y, picked)))
-            images.append(self.first[index] + picked // (positions // n_samples(self.feeds[index])))
+            images.append(self._images(index, picked, positions))
         rows = self._sorted(parts, images)
         channels = rows.x.shape[0]
         ones, zeros = np.ones((channels, 1, 1)), np.zeros((channels, 1))

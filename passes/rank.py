@@ -86,9 +86,10 @@ def _eliminate(bundle: Bundle, readers: Sequence[Consumer]) -> Ranking:
             order = np.argsort(sum(each.errors(cell) for each in eliminations), kind="stable")
             parts.append(cell[order[: count * share]].reshape(count, share))
             left[number] = cell[np.sort(order[count * share :])]
-        for unit in np.concatenate(parts, 1):
-            errors.append(sum(each.remove(int(channel)) for channel in unit for each in eliminations))
-            units.append(unit)
+        chosen = np.concatenate(parts, 1)
+        added = sum(each.remove(chosen.ravel()) for each in eliminations)
+        units += list(chosen)
+        errors += [added / count] * count
         if len(units) == probe:
             weights = {each.consumer.node.key: each.weights.copy() for each in eliminations}
     return Ranking(bundle, np.array(units), np.maximum.accumulate(errors), True, probe, weights)
@@ -127,16 +128,21 @@ class _Elimination:
             np.add.at(errors, [place for place, _ in runs], (weights * (inverse @ weights)).sum((1, 2)))
         return errors / self.energy
 
-    def remove(self, channel: int) -> float:
-        """Remove a class; return the relative error that this adds."""
+    def remove(self, channels: np.ndarray) -> float:
+        """Remove classes together; return the relative error that this adds."""
         error = 0.0
-        for block, run in self._places.get(channel, ()):
+        runs: dict[int, list[np.ndarray]] = {}
+        for channel in channels.tolist():
+            for block, run in self._places.get(channel, ()):
+                runs.setdefault(block, []).append(run)
+        for block, parts in runs.items():
+            run = np.concatenate(parts)
             weights, inverse = self.weights[block], self.inverse[block]
             side, own = inverse[:, run], weights[run]
-            push = side @ np.linalg.inv(side[run])
-            error += float((own * (np.linalg.inv(side[run]) @ own)).sum())
-            weights -= push @ own
-            inverse -= push @ side.T
+            solved = np.linalg.solve(side[run], np.concatenate([own, side.T], 1))
+            error += float((own * solved[:, : own.shape[1]]).sum())
+            weights -= side @ solved[:, : own.shape[1]]
+            inverse -= side @ solved[:, own.shape[1] :]
             weights[run] = 0.0
             inverse[run] = inverse[:, run] = 0.0
             inverse[run, run] = 1e-30

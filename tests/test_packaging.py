@@ -96,7 +96,7 @@ def test_command_is_installed() -> None:
 
 
 def test_core_dependencies_suffice() -> None:
-    """Core needs what the contract lists, and no extra's package."""
+    """Core needs what the contract lists, what runs in parallel, and no extra's package."""
     names = {requirement.split(">")[0] for requirement in PROJECT["project"]["dependencies"]}
-    assert names == {"onnx", "onnxruntime", "onnx-graphsurgeon", "numpy", "click", "rich", "joblib"}
+    assert names == {"onnx", "onnxruntime", "onnx-graphsurgeon", "numpy", "click", "rich", "joblib", "threadpoolctl"}
     assert PROJECT["project"]["requires-python"] == ">=3.11"
