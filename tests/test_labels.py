@@ -1,5 +1,6 @@
 """Labels as a whole: they partition, every operator has a case, nothing free breaks, nothing frozen is free."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ def load(name: str) -> ModuleType:
     """Import a neighbouring test module from its file."""
     spec = spec_from_file_location(f"cases_{name}", Path(__file__).parent / "ops" / f"test_{name}.py")
     module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 

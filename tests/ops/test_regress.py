@@ -46,7 +46,7 @@ def turned(name: str, x: tuple[int, ...], w: tuple[int, ...], *, bias: bool = Tr
     return Case("ConvTranspose", name, (x, w, (outputs,)) if bias else (x, w), attributes)
 
 
-CASES = [
+REGRESSIONS = [
     conv("1d", (2, 3, 9), (4, 3, 3)),
     conv("1d-padded", (2, 3, 9), (4, 3, 3), pads=[2, 1]),
     conv("2d", (2, 3, 7, 8), (4, 3, 3, 2)),
@@ -165,13 +165,13 @@ def assert_regression(found: Ready) -> None:
     assert np.abs(predicted - targets).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", REGRESSIONS, ids=str)
 def test_regression_computes_what_onnxruntime_computes(case: Case) -> None:
     """Regressors times matrix plus bias is the operator's output at all positions."""
     assert_regression(ready(case))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", REGRESSIONS, ids=str)
 def test_some_positions_are_rows_of_all(case: Case) -> None:
     """Regressors and targets of picked positions are those rows of all positions, in the order in which they were picked."""
     found = ready(case)
@@ -183,7 +183,7 @@ def test_some_positions_are_rows_of_all(case: Case) -> None:
     assert np.array_equal(found.view.targets(y, picked), found.view.targets(y, np.arange(n))[:, picked])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.shapes[1 - c.weight][0] == 2], ids=str)
+@pytest.mark.parametrize("case", [c for c in REGRESSIONS if c.shapes[1 - c.weight][0] == 2], ids=str)
 def test_samples_are_slowest(case: Case) -> None:
     """The first half of the positions comes from the first half of the samples alone."""
     found = ready(case)
@@ -196,7 +196,7 @@ def test_samples_are_slowest(case: Case) -> None:
     assert not np.array_equal(before[:, n // 2 :], after[:, n // 2 :])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", REGRESSIONS, ids=str)
 def test_restore_undoes_matrix(case: Case) -> None:
     """A weight is what its matrix restores to, bit by bit, and keeps its shape."""
     found = ready(case)
@@ -205,7 +205,7 @@ def test_restore_undoes_matrix(case: Case) -> None:
     assert np.array_equal(restored, found.w)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", REGRESSIONS, ids=str)
 def test_columns_name_the_channel_that_every_regressor_weighs(case: Case) -> None:
     """Zeroing an input channel of the weight zeroes just the rows of the matrix that carry its class."""
     found = ready(case)
@@ -226,7 +226,7 @@ def test_columns_name_the_channel_that_every_regressor_weighs(case: Case) -> Non
         assert np.array_equal(gone, columns == (classes[block, index] if grouped else classes[index]))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", REGRESSIONS, ids=str)
 def test_regressors_of_a_class_see_that_channel_of_the_data(case: Case) -> None:
     """Changing one channel of the data changes regressors of its class and no other."""
     found = ready(case)
@@ -250,7 +250,7 @@ def test_regressors_of_a_class_see_that_channel_of_the_data(case: Case) -> None:
         assert not moved[columns != channel].any()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.shapes) > 2], ids=str)
+@pytest.mark.parametrize("case", [c for c in REGRESSIONS if len(c.shapes) > 2], ids=str)
 def test_bias_scale_is_the_slope_of_the_output(case: Case) -> None:
     """Adding one to a bias adds ``bias_scale`` to its channel of the output."""
     found = ready(case)
