@@ -66,18 +66,17 @@ def test_same_input_gives_the_same_bytes(fitted):
     assert again.model.SerializeToString(deterministic=True) == fitted.model.SerializeToString(deterministic=True)
 
 
-def test_arrays_serve_as_calibration_data(fitted):
-    """Arrays by input name mean the same as the file that holds them."""
+def test_arrays_serve_as_calibration_data():
+    """Arrays by input name serve as well as a file; the report says that they were arrays."""
     with np.load(CALIB) as arrays:
         known = {"image": arrays["image"].astype(np.float32)}
-    assert known["image"].max() <= 1 or arrays is not None
     result = onnxprune.prune(MODEL, target_mac=0.5, calib=known)
     assert result.report.proof.ok
     assert result.report.to_json()["options"]["calib"] == "arrays"
 
 
-def test_little_memory_changes_no_channel(fitted):
-    """Within a tight bound samples are run again; what is chosen stays the same, and the fit still helps."""
+def test_little_memory_still_helps():
+    """Within a tight bound samples are run again and moments are those of channels; the fit still keeps the accuracy."""
     tight = onnxprune.prune(MODEL, target_mac=0.5, calib=CALIB, calib_memory=8 << 20)
     assert top1(tight.model) > top1(onnx_io.load(MODEL)) - 5
 
