@@ -246,7 +246,8 @@ def _fitted(compensation: Compensation) -> str:
     text = f"fitted   {len(fitted)} of {len(compensation.solved)} operators"
     if errors:
         left = 100 * float(np.median(errors))
-        text += f"; on {compensation.held_back} samples held back their errors fell to {left:.0f} %"
+        judged = f"{compensation.held_back} samples held back" if compensation.held_back else "the one sample there is"
+        text += f"; on {judged} their errors fell to {left:.0f} %"
     if others:
         text += f"; {others[0].node} stays as it is ({others[0].note})"
         text += f", and {len(others) - 1} more (see --json)" if len(others) > 1 else ""
