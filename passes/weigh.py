@@ -47,7 +47,9 @@ def weigh(
         changes = probe.changes(ranking)
         relative = relative_error((probe.run(feed, changes) for feed in feeds), wanted, spread)
         predicted = ranking.errors[: ranking.probe].sum()
-        weights[number] = relative / predicted if predicted > 0 and np.isfinite(relative) else 1.0
+        weights[number] = relative / predicted if predicted > 0 else 1.0
+    finite = np.isfinite(weights)  # where a removal makes the outputs overflow, nothing weighs more
+    weights[~finite] = weights[finite].max(initial=1.0)
     progress(len(rankings), len(rankings))
     return weights
 
@@ -131,9 +133,6 @@ class _Probe:
                 graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
         proto.ir_version = max(proto.ir_version, 4)
         self.session = Session(proto.SerializeToString(), provider)
-        feed_only = {value.name for value in original.graph.input}
-        self.outputs = [v.name for v in graph.output]
-        self.feed_only = feed_only
 
     def run(self, feed: Mapping[str, np.ndarray], changes: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Outputs that hold floats."""
