@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from onnxprune.coupling import Coupling
+from onnxprune.errors import ModelError
 from onnxprune.model import Model, Node
 from onnxprune.ops.regress import Regression, regression
 from onnxprune.passes.trace import Memory, Trace
@@ -110,7 +111,7 @@ def calibrate(
     Raises
     ------
     ModelError
-        The model does not run on the samples.
+        The model does not run on the samples, or overflows.
     """
     found = list(_ending(coupling))
     widths = np.array([columns.shape[1] for *_, columns in found])
@@ -136,15 +137,20 @@ def calibrate(
             picked = pick(positions, n_samples(feeds[index]), quota, rng)
             rows = _folded(view.regressors(x, y.shape, picked), fold)
             p = rows.shape[2]
-            gram[:, :p, :p] += rows.transpose(0, 2, 1) @ rows
-            sums = rows.sum(1, dtype=np.float64)
-            gram[:, :p, p] += sums
-            gram[:, p, :p] += sums
-            gram[:, p, p] += rows.shape[1]
+            with np.errstate(over="ignore", invalid="ignore"):  # found below
+                gram[:, :p, :p] += rows.transpose(0, 2, 1) @ rows
+                sums = rows.sum(1, dtype=np.float64)
+                gram[:, :p, p] += sums
+                gram[:, p, :p] += sums
+                gram[:, p, p] += rows.shape[1]
             n += rows.shape[1]
         trace.release(node.key)
-        if not n or not np.isfinite(gram).all():
+        if not n:
             continue
+        if not np.isfinite(gram).all():
+            raise ModelError(
+                f"{node.title}: what reaches it is infinite or NaN on the calibration data; check the data and its scale"
+            )
         weight, bias = (coupling.model.constant(node.inputs[i]) if i is not None and node.has(i) else None
                         for i in (view.weight, view.bias))  # fmt: skip
         assert weight is not None

@@ -131,6 +131,16 @@ def test_bad_options_are_refused(tmp_path, words, code, told):
     assert not list(tmp_path.iterdir())
 
 
+def test_overflowing_data_is_refused(tmp_path):
+    """Inputs so large that the network overflows are an error that names the place, not a ranking without it."""
+    with np.load(CALIB) as arrays:
+        np.savez(tmp_path / "huge.npz", image=np.full((4, *arrays["image"].shape[1:]), 3e38, np.float32))
+    result = run(MODEL, tmp_path / "out.onnx", "--target-mac", "0.5", "--calib", tmp_path / "huge.npz")
+    assert result.exit_code == 3
+    assert "calibration data" in result.output
+    assert not (tmp_path / "out.onnx").exists()
+
+
 def test_hint_without_calibration_data(tmp_path):
     """One line says what calibration data would buy; not where it is given."""
     assert "--calib" in ok(MODEL, tmp_path / "a.onnx", "--target-mac", "0.9", "--no-latency").output
