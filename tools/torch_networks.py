@@ -7,6 +7,7 @@ forward pass needs a channel count it reads it from a neighbouring layer, so tha
 
 from __future__ import annotations
 
+import abc
 import itertools
 import pathlib
 from collections.abc import Callable
@@ -18,16 +19,16 @@ from torch import nn
 from torch.nn import functional
 
 
-class Network(nn.Module):
+class Network(nn.Module, abc.ABC):
     """A network that says which of its layers a pruner must treat with care."""
 
     def streams(self) -> list[nn.Module]:
         """Layers that write into a residual stream."""
         return []
 
+    @abc.abstractmethod
     def last(self) -> nn.Module:
         """Layer whose outputs are the network's."""
-        raise NotImplementedError
 
 
 class BasicBlock(nn.Module):
