@@ -16,6 +16,9 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 STEPS = 3
 """Rounds of majorisation for each candidate, where a rectifier follows."""
 
+ROUNDING = 1e-6
+"""Share of an error that is no gain: sums in float32 differ that much from one evaluation to the next."""
+
 FINAL_STEPS = 12
 """Rounds with the ridge that was chosen."""
 
@@ -114,7 +117,8 @@ def fit(
     train = rows.part(0, rows.n_train)
     judge = rows.part(rows.n_train, rows.x.shape[1]) if rows.n_train < rows.x.shape[1] else train
     before = error(judge, start, rectifier)
-    best, best_error, best_ridge = start, before, np.inf
+    worth = before * (1 - ROUNDING)
+    best, best_error, best_ridge = start, worth, np.inf
     if not (free_matrix or free_offset) or not np.isfinite(before):
         return Fit(matrix, offset, before, before, np.inf)
     candidates = RIDGES if free_matrix else (0.0,)
@@ -134,7 +138,7 @@ def fit(
         whole = rows.part(0, rows.x.shape[1])
         moments = _Moments(whole, free_matrix, free_offset)
         final = _solve(whole, moments, best, start, best_ridge, rectifier, FINAL_STEPS)
-        if error(judge, final, rectifier) < before:
+        if error(judge, final, rectifier) < worth:
             best = final
     return Fit(best.matrix, best.offset, before, error(judge, best, rectifier), best_ridge)
 
