@@ -18,6 +18,7 @@ LAYERS = (
     {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend"},
     {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers"},
     {"pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity"},
+    {"train"},
     {"cli", "cli_sensitivity", "cli_sweep", "parameters"},
 )
 """From the bottom up; a part may use its own layer and those below it (design.md)."""
