@@ -15,11 +15,17 @@ LAYERS = (
     {"errors"},
     {"model", "measures", "importing"},
     {"labels"},
-    {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend"},
-    {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers"},
-    {"pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity"},
-    {"cli", "cli_sensitivity", "cli_sweep", "parameters"},
-)
+    {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend", "trainable"},
+    {
+        "onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers",
+        "compose", "manifest", "recover", "supervision",
+    },
+    {
+        "pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity",
+        "artifact",
+    },
+    {"cli", "cli_sensitivity", "cli_sweep", "cli_artifact", "parameters"},
+)  # fmt: skip
 """From the bottom up; a part may use its own layer and those below it (design.md)."""
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
