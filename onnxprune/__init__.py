@@ -7,6 +7,7 @@ if (_root / "passes" / "prove.py").is_file() and (_root / "pyproject.toml").is_f
     __path__.append(str(_root))  # a clone: setuptools maps passes/ into the package only on installing
 
 from onnxprune import ops
+from onnxprune.artifact import export_artifact
 from onnxprune.errors import (
     BudgetError,
     FileError,
@@ -16,6 +17,7 @@ from onnxprune.errors import (
     QualityError,
     UsageError,
 )
+from onnxprune.manifest import Artifact, read_artifact
 from onnxprune.options import Options
 from onnxprune.pipeline import Result, apply, inspect, prune, verify
 from onnxprune.plan import Plan
@@ -28,6 +30,7 @@ from onnxprune.sensitivity import sensitivity
 from onnxprune.sweep import sweep
 
 __all__ = [
+    "Artifact",
     "BudgetError",
     "FileError",
     "Guard",
@@ -45,10 +48,12 @@ __all__ = [
     "UsageError",
     "apply",
     "evaluate",
+    "export_artifact",
     "inspect",
     "ops",
     "prune",
     "prune_to_quality",
+    "read_artifact",
     "sensitivity",
     "sweep",
     "verify",

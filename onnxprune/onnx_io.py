@@ -168,8 +168,8 @@ def compare(expected: onnx.ModelProto, given: onnx.ModelProto) -> tuple[tuple[st
     """
     differences: list[str] = []
     exact = True
-    want = {tensor.name: tensor for tensor in _all_tensors(expected.graph)}
-    have = {tensor.name: tensor for tensor in _all_tensors(given.graph)}
+    want = {tensor.name: tensor for tensor in all_tensors(expected.graph)}
+    have = {tensor.name: tensor for tensor in all_tensors(given.graph)}
     differences += [f"initializer {name} is missing" for name in want.keys() - have.keys()]
     differences += [f"initializer {name} was added" for name in have.keys() - want.keys()]
     for name in want.keys() & have.keys():
@@ -200,10 +200,10 @@ def compare(expected: onnx.ModelProto, given: onnx.ModelProto) -> tuple[tuple[st
 
 def n_params(model: onnx.ModelProto) -> int:
     """Number of elements of all initializers and Constant nodes."""
-    return sum(math.prod(tensor.dims) for tensor in _all_tensors(model.graph))
+    return sum(math.prod(tensor.dims) for tensor in all_tensors(model.graph))
 
 
-def _all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Initializers, and Constant nodes' tensors under their output's name."""
     yield from graph.initializer
     for node in graph.node:
@@ -214,7 +214,7 @@ def _all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             named.name = node.output[0]
             yield named
         for body in bodies(node):
-            yield from _all_tensors(body)
+            yield from all_tensors(body)
 
 
 def _without_values(node: onnx.NodeProto) -> onnx.NodeProto:

@@ -15,12 +15,18 @@ LAYERS = (
     {"errors"},
     {"model", "measures", "importing"},
     {"labels"},
-    {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend"},
-    {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers"},
-    {"pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity"},
+    {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend", "trainable"},
+    {
+        "onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers",
+        "compose", "manifest", "recover", "supervision",
+    },
+    {
+        "pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity",
+        "artifact",
+    },
     {"train"},
-    {"cli", "cli_sensitivity", "cli_sweep", "parameters"},
-)
+    {"cli", "cli_sensitivity", "cli_sweep", "cli_artifact", "cli_finetune", "cli_iterate", "parameters"},
+)  # fmt: skip
 """From the bottom up; a part may use its own layer and those below it (design.md)."""
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
