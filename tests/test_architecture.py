@@ -25,7 +25,7 @@ LAYERS = (
         "artifact",
     },
     {"train"},
-    {"cli", "cli_sensitivity", "cli_sweep", "cli_artifact", "cli_finetune", "cli_iterate", "parameters"},
+    {"cli", "cli_sensitivity", "cli_sweep", "cli_artifact", "cli_finetune", "cli_iterate", "parameters", "__main__"},
 )  # fmt: skip
 """From the bottom up; a part may use its own layer and those below it (design.md)."""
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -90,9 +90,10 @@ def test_imports_point_down(module: str) -> None:
         pytest.param("onnxruntime", {"onnxprune.runtime"}, id="onnxruntime"),
         pytest.param("onnx_graphsurgeon", {"onnxprune.reader"}, id="onnx_graphsurgeon"),
         pytest.param("click", {f"onnxprune.{name}" for name in LAYERS[-1]}, id="click"),
-        pytest.param("rich", {"onnxprune.cli", "onnxprune.report.text"}, id="rich"),
+        pytest.param("rich", {"onnxprune.cli", "onnxprune.cli_finetune", "onnxprune.report.text"}, id="rich"),
         pytest.param("joblib", {"onnxprune.workers"}, id="joblib"),
         pytest.param("distributed", {"onnxprune.workers"}, id="distributed"),
+        pytest.param("torch", {name for name in MODULES if name.startswith("onnxprune.train")}, id="torch"),
         pytest.param("matplotlib", {"onnxprune.report.pareto"}, id="matplotlib"),
     ],
 )

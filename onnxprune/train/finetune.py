@@ -40,8 +40,8 @@ class Trained:
 
     Attributes
     ----------
-    metric
-        Of the weights that were kept, on the validation data; None without.
+    name, metric
+        Name of the metric, and its value for the weights that were kept, on the validation data; None without.
     before
         The same before training.
     resumed
@@ -50,6 +50,7 @@ class Trained:
 
     model: onnx.ModelProto
     history: tuple[Epoch, ...]
+    name: str | None
     metric: float | None
     before: float | None
     resumed: int
@@ -127,10 +128,9 @@ def _train(
     _prove(artifact, trained, weights, batches)
     onnx_io.save(trained, out)
     state.clear(folder)
-    history = trainer.progress.history
-    return Trained(
-        trained, tuple(history), trainer.progress.best_metric, trainer.progress.before, resumed, samples.notes
-    )
+    now = trainer.progress
+    name = None if judge is None else metric
+    return Trained(trained, tuple(now.history), name, now.best_metric, now.before, resumed, samples.notes)
 
 
 def _open(folder: pathlib.Path, restart: bool) -> None:
