@@ -7,6 +7,7 @@ if (_root / "passes" / "prove.py").is_file() and (_root / "pyproject.toml").is_f
     __path__.append(str(_root))  # a clone: setuptools maps passes/ into the package only on installing
 
 from onnxprune import ops
+from onnxprune.checkpoint import CheckpointSummary, SlicedParameter, apply_checkpoint
 from onnxprune.errors import (
     BudgetError,
     FileError,
@@ -29,6 +30,7 @@ from onnxprune.sweep import sweep
 
 __all__ = [
     "BudgetError",
+    "CheckpointSummary",
     "FileError",
     "Guard",
     "ModelError",
@@ -41,9 +43,11 @@ __all__ = [
     "Result",
     "SensitivityRow",
     "SensitivityTable",
+    "SlicedParameter",
     "SweepRow",
     "UsageError",
     "apply",
+    "apply_checkpoint",
     "evaluate",
     "inspect",
     "ops",

@@ -16,9 +16,11 @@ LAYERS = (
     {"model", "measures", "importing"},
     {"labels"},
     {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend"},
-    {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers"},
-    {"pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity"},
-    {"cli", "cli_sensitivity", "cli_sweep", "parameters"},
+    {"onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers"}
+    | {"checkpoint_files", "checkpoint_map"},
+    {"pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity"}
+    | {"checkpoint"},
+    {"cli", "cli_checkpoint", "cli_sensitivity", "cli_sweep", "parameters"},
 )
 """From the bottom up; a part may use its own layer and those below it (design.md)."""
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -86,6 +88,8 @@ def test_imports_point_down(module: str) -> None:
         pytest.param("rich", {"onnxprune.cli", "onnxprune.report.text"}, id="rich"),
         pytest.param("joblib", {"onnxprune.workers"}, id="joblib"),
         pytest.param("distributed", {"onnxprune.workers"}, id="distributed"),
+        pytest.param("torch", {"onnxprune.checkpoint_files"}, id="torch"),
+        pytest.param("safetensors", {"onnxprune.checkpoint_files"}, id="safetensors"),
         pytest.param("matplotlib", {"onnxprune.report.pareto"}, id="matplotlib"),
     ],
 )
@@ -108,10 +112,9 @@ def test_importing_is_light() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
     assert "onnxprune" in loaded
-    assert (
-        loaded & {"torch", "matplotlib", "jinja2", "PIL", "dask", "distributed", "joblib", "torchvision", "scipy"}
-        == set()
-    )
+    plotting = {"matplotlib", "jinja2", "PIL"}
+    heavy = {"torch", "torchvision", "safetensors", "dask", "distributed", "joblib", "scipy"}
+    assert loaded & (heavy | plotting) == set()
 
 
 def test_public_names_are_all_there() -> None:
