@@ -8,6 +8,7 @@ if (_root / "passes" / "prove.py").is_file() and (_root / "pyproject.toml").is_f
 
 from onnxprune import ops
 from onnxprune.artifact import export_artifact
+from onnxprune.checkpoint import CheckpointSummary, SlicedParameter, apply_checkpoint
 from onnxprune.errors import (
     BudgetError,
     FileError,
@@ -32,6 +33,7 @@ from onnxprune.sweep import sweep
 __all__ = [
     "Artifact",
     "BudgetError",
+    "CheckpointSummary",
     "FileError",
     "Guard",
     "ModelError",
@@ -44,9 +46,11 @@ __all__ = [
     "Result",
     "SensitivityRow",
     "SensitivityTable",
+    "SlicedParameter",
     "SweepRow",
     "UsageError",
     "apply",
+    "apply_checkpoint",
     "evaluate",
     "export_artifact",
     "inspect",
