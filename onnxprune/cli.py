@@ -479,5 +479,6 @@ def main() -> None:
     commands.main()
 
 
-import onnxprune.cli_sensitivity  # noqa: E402 (these add their commands to the group above)
+import onnxprune.cli_artifact  # noqa: E402 (these add their commands to the group above)
+import onnxprune.cli_sensitivity  # noqa: E402
 import onnxprune.cli_sweep  # noqa: E402, F401
