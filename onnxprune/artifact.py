@@ -26,6 +26,7 @@ from onnxprune.options import Clock, ModelLike, Options, Progress, silent
 from onnxprune.pipeline import Loaded, keep_under, load, options_from, read_plan, verify_loaded
 from onnxprune.plan import Plan, make_plan
 from onnxprune.prepare import inline, prepare
+from onnxprune.protos import named_tensors
 from onnxprune.recover import recover
 from onnxprune.supervision import feature_entries, group_entries
 from onnxprune.trainable import trainable
@@ -107,7 +108,7 @@ def _recovered(teacher: Loaded, pruned: ModelLike) -> Plan:
 def describe(teacher: Loaded, student: Loaded, plan: Plan) -> dict[str, Any]:
     """Everything in a manifest that follows from the two models and the plan."""
     graph = inline(student.source).graph
-    tensors = {tensor.name: tensor for tensor in onnx_io.all_tensors(graph)}
+    tensors = {tensor.name: tensor for tensor in named_tensors(graph)}
     reasons = trainable(inline(student.source))
     weights = {name for name, reason in reasons.items() if not reason}
     keep = keep_under(teacher, plan)

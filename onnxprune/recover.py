@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnxprune import onnx_io
 from onnxprune.coupling import Coupling
 from onnxprune.errors import UsageError
 from onnxprune.labels import Atom
 from onnxprune.passes.apply import take
 from onnxprune.plan import Slices
+from onnxprune.protos import named_tensors
 
 _HINT = "give the plan that made it (--plan; prune writes one with --plan-out)"
 _UNKNOWN, _REMOVED, _KEPT = -1, 0, 1
@@ -68,7 +68,7 @@ def recover(coupling: Coupling, pruned: onnx.ModelProto) -> np.ndarray:
 
 
 def _pairs(coupling: Coupling, graph: onnx.GraphProto) -> Iterator[_Pair]:
-    tensors = {tensor.name: tensor for tensor in onnx_io.all_tensors(graph)}
+    tensors = {tensor.name: tensor for tensor in named_tensors(graph)}
     for (name, key), axes in coupling.ledger.constants.items():
         tensor = tensors.get(f"{name}@{key}") or tensors.get(name)
         before = coupling.model.constants[name].shape
