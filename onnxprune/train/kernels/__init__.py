@@ -58,5 +58,6 @@ def find(domain: str, op: str) -> Entry | None:
     return _KERNELS.get((domain, op))
 
 
-for _family in ("elementwise", "linear", "movement", "norm", "pool", "reduce"):
+_FAMILIES = "elementwise linear movement indexing norm pool reduce sampling attention fused quantize recurrent fourier"
+for _family in _FAMILIES.split():
     importlib.import_module(f"{__name__}.{_family}")

@@ -10,17 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from onnxprune.errors import ModelError
 from onnxprune.train.kernels import Call, computes
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs,
+    "Acos": torch.acos,
+    "Acosh": torch.acosh,
+    "Asin": torch.asin,
+    "Asinh": torch.asinh,
+    "Atan": torch.atan,
+    "Atanh": torch.atanh,
+    "BitwiseNot": torch.bitwise_not,
     "Ceil": torch.ceil,
     "Cos": torch.cos,
+    "Cosh": torch.cosh,
     "Erf": torch.erf,
     "Exp": torch.exp,
     "Floor": torch.floor,
     "HardSwish": functional.hardswish,
     "Identity": lambda x: x,
+    "IsNaN": torch.isnan,
     "Log": torch.log,
     "Mish": functional.mish,
     "Neg": torch.neg,
@@ -31,6 +41,7 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Sigmoid": torch.sigmoid,
     "Sign": torch.sign,
     "Sin": torch.sin,
+    "Sinh": torch.sinh,
     "Softplus": functional.softplus,
     "Softsign": functional.softsign,
     "Sqrt": torch.sqrt,
@@ -44,6 +55,9 @@ for _name, _function in _UNARY.items():
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Add": torch.add,
     "And": torch.logical_and,
+    "BitwiseAnd": torch.bitwise_and,
+    "BitwiseOr": torch.bitwise_or,
+    "BitwiseXor": torch.bitwise_xor,
     "Equal": torch.eq,
     "Greater": torch.gt,
     "GreaterOrEqual": torch.ge,
@@ -55,12 +69,20 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Xor": torch.logical_xor,
 }
 for _name, _both in _BINARY.items():
-    computes(_name)(lambda call, a, b, function=_both: function(a, b))
+    computes(_name)(lambda call, a, b, function=_both: function(a, aligned(call, a, b)))
+
+
+def aligned(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    """Up to opset 6 the attribute ``axis`` says where the second operand's axes begin among the first's."""
+    if call.opset > 6 or "axis" not in call.attributes:
+        return b
+    return b.reshape(*b.shape, *[1] * (a.ndim - call.get("axis") % a.ndim - b.ndim))
 
 
 @computes("Div")
 def div(call: Call, a: Tensor, b: Tensor) -> Tensor:
     """Integers divide to integers, towards zero."""
+    b = aligned(call, a, b)
     return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
@@ -73,7 +95,7 @@ def mod(call: Call, a: Tensor, b: Tensor) -> Tensor:
 @computes("Pow")
 def power(call: Call, x: Tensor, exponent: Tensor) -> Tensor:
     """The result has the base's type."""
-    return torch.pow(x, exponent).to(x.dtype)
+    return torch.pow(x, aligned(call, x, exponent)).to(x.dtype)
 
 
 @computes("Max", "Min", "Sum", "Mean")
@@ -93,7 +115,9 @@ def leaky_relu(call: Call, x: Tensor) -> Tensor:
 
 @computes("PRelu")
 def prelu(call: Call, x: Tensor, slope: Tensor) -> Tensor:
-    """The slope broadcasts to the input from the right."""
+    """The slope broadcasts to the input from the right; up to opset 6 a vector holds one per channel."""
+    if call.opset < 7 and slope.ndim == 1 and x.ndim > 2:
+        slope = slope.view(-1, *[1] * (x.ndim - 2))
     return torch.where(x < 0, x * slope, x)
 
 
@@ -117,6 +141,54 @@ def hard_sigmoid(call: Call, x: Tensor) -> Tensor:
 def elu(call: Call, x: Tensor) -> Tensor:
     """``alpha * (exp(x) - 1)`` below zero."""
     return functional.elu(x, call.get("alpha", 1.0))
+
+
+@computes("Celu")
+def celu(call: Call, x: Tensor) -> Tensor:
+    """``max(0, x) + min(0, alpha * (exp(x / alpha) - 1))``."""
+    return functional.celu(x, call.get("alpha", 1.0))
+
+
+@computes("Selu")
+def selu(call: Call, x: Tensor) -> Tensor:
+    """``gamma * x``, and ``gamma * alpha * (exp(x) - 1)`` below zero."""
+    return call.get("gamma", 1.0507009873554805) * functional.elu(x, call.get("alpha", 1.6732632423543772))
+
+
+@computes("Swish")
+def swish(call: Call, x: Tensor) -> Tensor:
+    """``x * sigmoid(alpha * x)``."""
+    alpha = call.get("alpha", 1.0)
+    return functional.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x)
+
+
+@computes("ThresholdedRelu")
+def thresholded_relu(call: Call, x: Tensor) -> Tensor:
+    """What does not exceed ``alpha`` is zero."""
+    return torch.where(x > call.get("alpha", 1.0), x, torch.zeros_like(x))
+
+
+@computes("Shrink")
+def shrink(call: Call, x: Tensor) -> Tensor:
+    """What lies within ``lambd`` is zero; the rest moves towards zero by ``bias``."""
+    bound, bias = call.get("lambd", 0.5), call.get("bias", 0.0)
+    moved = torch.where(x < 0, x + bias, x - bias)
+    return torch.where(x.abs() > bound, moved, torch.zeros_like(x))
+
+
+@computes("IsInf")
+def is_infinite(call: Call, x: Tensor) -> Tensor:
+    """Attributes say which sign counts."""
+    plus, minus = torch.isposinf(x), torch.isneginf(x)
+    counted = [x for x, name in ((plus, "detect_positive"), (minus, "detect_negative")) if call.get(name, 1)]
+    return reduce(torch.logical_or, counted, torch.zeros_like(x, dtype=torch.bool))
+
+
+@computes("BitShift")
+def bit_shift(call: Call, x: Tensor, by: Tensor) -> Tensor:
+    """``direction`` is LEFT or RIGHT."""
+    shift = torch.bitwise_left_shift if call.get("direction") == "LEFT" else torch.bitwise_right_shift
+    return shift(x, by)
 
 
 @computes("Gelu")
@@ -159,6 +231,8 @@ TYPES = {
 @computes("Cast")
 def cast(call: Call, x: Tensor) -> Tensor:
     """Floats become integers by truncation."""
+    if call.get("to") not in TYPES:
+        raise ModelError(f"{call.title}: a cast to {onnx.TensorProto.DataType.Name(call.get('to'))}")
     return x.to(TYPES[call.get("to")])
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from onnxprune.errors import ModelError
 from onnxprune.train.kernels import Call, computes
 
-_CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _CONV_TRANSPOSE = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 
 
@@ -46,7 +46,7 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """Kernel, strides, dilations and groups as PyTorch has them; padding may differ from side to side."""
     n = weight.ndim - 2
     x, pads = padded(x, same_pads(call, x.shape[2:], weight.shape[2:]))
-    return _CONV[n](
+    return CONV[n](
         x, weight, bias, call.get("strides", [1] * n), pads, call.get("dilations", [1] * n), call.get("group", 1)
     )
 

@@ -199,3 +199,33 @@ def space_to_depth(call: Call, x: Tensor) -> Tensor:
     r = call.get("blocksize")
     grid = x.reshape(n, c, h // r, r, w // r, r).permute(0, 3, 5, 1, 2, 4)
     return grid.reshape(n, c * r**2, h // r, w // r)
+
+
+@computes("CenterCropPad", host=(1,))
+def center_crop_pad(call: Call, x: Tensor, shape: Tensor) -> Tensor:
+    """The middle is cut out, or zeros are put around; where the two sides differ the end has one more."""
+    axes = [axis % x.ndim for axis in call.get("axes", range(x.ndim))]
+    for axis, wanted in zip(axes, map(int, shape.tolist()), strict=True):
+        have = x.shape[axis]
+        if have >= wanted:
+            x = x.narrow(axis, (have - wanted) // 2, wanted)
+        else:
+            before = (wanted - have) // 2
+            sides = [0, 0] * (x.ndim - 1 - axis) + [before, wanted - have - before]
+            x = functional.pad(x, sides)
+    return x
+
+
+@computes("Col2Im", host=(1, 2))
+def col2im(call: Call, x: Tensor, size: Tensor, block: Tensor) -> Tensor:
+    """Blocks are put back, and what overlaps is added; two spatial axes."""
+    if size.numel() != 2:
+        raise ModelError(f"{call.title}: Col2Im with other than two spatial axes")
+    pads = call.get("pads", [0] * 4)
+    full = tuple(int(n) + pads[i] + pads[i + 2] for i, n in enumerate(size.tolist()))
+    y = functional.fold(
+        x, full, tuple(block.tolist()), dilation=call.get("dilations", [1, 1]), stride=call.get("strides", [1, 1])
+    )
+    for i, n in enumerate(size.tolist()):
+        y = y.narrow(i + 2, pads[i], int(n))
+    return y
