@@ -7,6 +7,8 @@ if (_root / "passes" / "prove.py").is_file() and (_root / "pyproject.toml").is_f
     __path__.append(str(_root))  # a clone: setuptools maps passes/ into the package only on installing
 
 from onnxprune import ops
+from onnxprune.artifact import export_artifact
+from onnxprune.checkpoint import CheckpointSummary, SlicedParameter, apply_checkpoint
 from onnxprune.errors import (
     BudgetError,
     FileError,
@@ -16,6 +18,7 @@ from onnxprune.errors import (
     QualityError,
     UsageError,
 )
+from onnxprune.manifest import Artifact, read_artifact
 from onnxprune.options import Options
 from onnxprune.pipeline import Result, apply, inspect, prune, verify
 from onnxprune.plan import Plan
@@ -28,7 +31,9 @@ from onnxprune.sensitivity import sensitivity
 from onnxprune.sweep import sweep
 
 __all__ = [
+    "Artifact",
     "BudgetError",
+    "CheckpointSummary",
     "FileError",
     "Guard",
     "ModelError",
@@ -41,14 +46,18 @@ __all__ = [
     "Result",
     "SensitivityRow",
     "SensitivityTable",
+    "SlicedParameter",
     "SweepRow",
     "UsageError",
     "apply",
+    "apply_checkpoint",
     "evaluate",
+    "export_artifact",
     "inspect",
     "ops",
     "prune",
     "prune_to_quality",
+    "read_artifact",
     "sensitivity",
     "sweep",
     "verify",

@@ -84,6 +84,7 @@ def strip(model: onnx.ModelProto, added: Mapping[str, Mapping[str, Any]]) -> onn
     stripped = onnx.ModelProto()
     stripped.CopyFrom(model)
     graph = stripped.graph
+    held = {tensor.name for tensor in graph.initializer} | {name for node in graph.node for name in node.output}
     try:
         for name, entry in added.items():
             key, index, old = str(entry["node"]), entry["input"], str(entry["replaces"])
@@ -94,6 +95,7 @@ def strip(model: onnx.ModelProto, added: Mapping[str, Mapping[str, Any]]) -> onn
                     raise KeyError(key)
                 graph.node[made[f"{key}/unbiased"]].output[0] = key
                 del graph.node[made[key]]
+                _rename_copies(graph, key)
             else:
                 if node.input[index] != name:
                     raise KeyError(key)
@@ -101,7 +103,10 @@ def strip(model: onnx.ModelProto, added: Mapping[str, Mapping[str, Any]]) -> onn
                 while node.input and not node.input[-1]:
                     del node.input[-1]
             place = next(place for place, tensor in enumerate(graph.initializer) if tensor.name == name)
-            del graph.initializer[place]
+            if old.endswith(f"@{key}") and old not in held:  # the slice that a node alone reads of a shared vector
+                graph.initializer[place].name = old
+            else:
+                del graph.initializer[place]
             for position in [p for p, value in enumerate(graph.input) if value.name == name]:
                 del graph.input[position]
     except (KeyError, IndexError, StopIteration, TypeError) as error:
@@ -109,6 +114,17 @@ def strip(model: onnx.ModelProto, added: Mapping[str, Mapping[str, Any]]) -> onn
             f"the plan says that the bias {name} was added, but the model does not have it there"
         ) from error
     return stripped
+
+
+def _rename_copies(graph: onnx.GraphProto, key: str) -> None:
+    """Name what a node alone reads by its first output again, which an Add node behind it had taken."""
+    suffix = f"@{key}/unbiased"
+    (node,) = (node for node in graph.node if key in node.output)
+    renamed = {name: f"{name.removesuffix(suffix)}@{key}" for name in node.input if name.endswith(suffix)}
+    for tensor in graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for place, name in enumerate(node.input):
+        node.input[place] = renamed.get(name, name)
 
 
 def _set_value(tensor: onnx.TensorProto, value: np.ndarray) -> None:

@@ -65,6 +65,16 @@ def _model_options(command: Callable) -> Callable:
             click.option("--input-shape", "input_shapes", type=InputShape(), multiple=True, help="NAME:1,3,224,224."),
             click.option("--provider", default="", help="onnxruntime execution provider."),
             click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random."),
+            _print_options,
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _print_options(command: Callable) -> Callable:
+    for option in reversed(
+        (
             click.option("--json", "json_path", type=click.Path(), help="Write the report as JSON (- for stdout)."),
             click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
             click.option("-v", "--verbose", is_flag=True, help="Print every layer, and tracebacks."),
@@ -415,7 +425,7 @@ def _options(given: Mapping[str, Any]) -> Options:
     chosen = {name: value for name, value in given.items() if name in names and name != "input_shapes"}
     if "calib_memory" in chosen:
         chosen["calib_memory"] = int(chosen["calib_memory"])
-    return Options(targets=targets, input_shapes=dict(given["input_shapes"]), **chosen)
+    return Options(targets=targets, input_shapes=dict(given.get("input_shapes", ())), **chosen)
 
 
 @contextmanager
@@ -479,5 +489,8 @@ def main() -> None:
     commands.main()
 
 
-import onnxprune.cli_sensitivity  # noqa: E402 (these add their commands to the group above)
+import onnxprune.cli_artifact  # noqa: E402 (these add their commands to the group above)
+import onnxprune.cli_checkpoint  # noqa: E402
+import onnxprune.cli_finetune  # noqa: E402
+import onnxprune.cli_sensitivity  # noqa: E402
 import onnxprune.cli_sweep  # noqa: E402, F401

@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from onnxprune.comparison import compare  # noqa: F401 (of files, too)
 from onnxprune.errors import FileError, ModelError, UsageError
-from onnxprune.protos import INTEGERS, bodies, constant_tensor, tensors
+from onnxprune.protos import named_tensors, tensors
 from onnxprune.reader import read  # noqa: F401 (reading belongs to input and output)
 
 MAX_PROTOBUF = 2**31 - 1  # bytes that protobuf serialises at most
@@ -161,74 +161,6 @@ def external_files(model: onnx.ModelProto) -> set[str]:
     }
 
 
-def compare(expected: onnx.ModelProto, given: onnx.ModelProto) -> tuple[tuple[str, ...], bool]:
-    """Compare two models in everything but the values of floating-point initializers.
-
-    Returns the differences in words, and whether those values are equal too.
-    """
-    differences: list[str] = []
-    exact = True
-    want = {tensor.name: tensor for tensor in _all_tensors(expected.graph)}
-    have = {tensor.name: tensor for tensor in _all_tensors(given.graph)}
-    differences += [f"initializer {name} is missing" for name in want.keys() - have.keys()]
-    differences += [f"initializer {name} was added" for name in have.keys() - want.keys()]
-    for name in want.keys() & have.keys():
-        a, b = want[name], have[name]
-        if tuple(a.dims) != tuple(b.dims) or a.data_type != b.data_type:
-            differences.append(f"{name} has shape {list(b.dims)}, expected {list(a.dims)}")
-        elif not np.array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b)):
-            exact = False
-            if a.data_type in INTEGERS:
-                differences.append(f"{name} holds other integers")
-            elif not np.isfinite(numpy_helper.to_array(b).astype(np.float64)).all():
-                differences.append(f"{name} holds NaN or infinity")
-    nodes = [[_without_values(node) for node in model.graph.node] for model in (expected, given)]
-    if nodes[0] != nodes[1]:
-        pairs = zip(nodes[0], nodes[1], strict=False)
-        first = next((a.name or a.output[0] for a, b in pairs if a != b), "their number")
-        differences.append(f"nodes differ ({first})")
-    for part in ("input", "output"):
-        if list(getattr(expected.graph, part)) != list(getattr(given.graph, part)):
-            differences.append(f"the graph's {part}s differ")
-    for part in ("opset_import", "functions"):
-        if list(getattr(expected, part)) != list(getattr(given, part)):
-            differences.append(f"{part} differ")
-    if list(expected.graph.sparse_initializer) != list(given.graph.sparse_initializer):
-        differences.append("sparse initializers differ")
-    return tuple(differences), exact and not differences
-
-
 def n_params(model: onnx.ModelProto) -> int:
     """Number of elements of all initializers and Constant nodes."""
-    return sum(math.prod(tensor.dims) for tensor in _all_tensors(model.graph))
-
-
-def _all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Initializers, and Constant nodes' tensors under their output's name."""
-    yield from graph.initializer
-    for node in graph.node:
-        tensor = constant_tensor(node) if node.op_type == "Constant" else None
-        if tensor is not None:
-            named = onnx.TensorProto()
-            named.CopyFrom(tensor)
-            named.name = node.output[0]
-            yield named
-        for body in bodies(node):
-            yield from _all_tensors(body)
-
-
-def _without_values(node: onnx.NodeProto) -> onnx.NodeProto:
-    """A node without the tensors that are compared by name: what a Constant holds, and initializers of bodies."""
-    holds = node.op_type == "Constant" and constant_tensor(node) is not None
-    if not holds and not any(True for _ in bodies(node)):
-        return node
-    bare = onnx.NodeProto()
-    bare.CopyFrom(node)
-    if holds:
-        del bare.attribute[:]
-    for body in bodies(bare):
-        del body.initializer[:]
-        inner = [_without_values(each) for each in body.node]
-        del body.node[:]
-        body.node.extend(inner)
-    return bare
+    return sum(math.prod(tensor.dims) for tensor in named_tensors(model.graph))

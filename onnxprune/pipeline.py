@@ -141,7 +141,7 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     ProofError
         The pruned graph does not equal the masked original.
     """
-    options = options or _options(chosen)
+    options = options or options_from(chosen)
     clock = Clock()
     return finish(ready(model, options, clock, progress), options, clock, progress)
 
@@ -273,7 +273,7 @@ def _select_to_fit(loaded: Loaded, scores: Scores, budget: Budget, options: Opti
 
 def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> Report:
     """Describe a model: cost per layer, groups, what is frozen and why, the reachable floor."""
-    options = options or _options(chosen)
+    options = options or options_from(chosen)
     clock = Clock()
     loaded = load(model, options, clock)
     with clock.stage("score"):
@@ -291,7 +291,7 @@ def apply(
     **chosen: Any,
 ) -> Result:
     """Replay a plan on the model it was made for, or on a sibling with the same tensor names, and prove the result."""
-    options = options or _options(chosen)
+    options = options or options_from(chosen)
     plan = read_plan(plan)
     clock = Clock()
     loaded = load(model, options, clock, plan)
@@ -316,13 +316,19 @@ def verify(
     ProofError
         The plan is wrong for the original, or the pruned model is not what the plan makes of it.
     """
-    options = options or _options(chosen)
+    options = options or options_from(chosen)
     plan = read_plan(plan)
     clock = Clock()
-    loaded = load(original, options, clock, plan)
+    return verify_loaded(load(original, options, clock, plan), pruned, plan, options, clock, progress)
+
+
+def verify_loaded(
+    loaded: Loaded, pruned: ModelLike, plan: Plan, options: Options, clock: Clock, progress: Progress = silent
+) -> Report:
+    """Verify against an original that is in memory."""
     read = pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)
     given, _ = prepare(inline(strip(read, plan.added)))
-    keep = keep_of_groups(loaded.coupling, plan) if plan.groups else keep_of(loaded.coupling, plan)
+    keep = keep_under(loaded, plan)
     sliced, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     with clock.stage("compare"):
         differences, exact = onnx_io.compare(inline(sliced), given)
@@ -335,6 +341,11 @@ def verify(
     if not isinstance(pruned, onnx.ModelProto):
         described = replace(described, output={"path": str(pruned), "sha256": onnx_io.sha256(pruned)})
     return described
+
+
+def keep_under(loaded: Loaded, plan: Plan) -> np.ndarray:
+    """Keep mask per class that a plan means, bool: by its groups, or by its slices where somebody wrote it without any."""
+    return keep_of_groups(loaded.coupling, plan) if plan.groups else keep_of(loaded.coupling, plan)
 
 
 def describe(loaded: Loaded, options: Options, keep: np.ndarray, scores: np.ndarray, clock: Clock) -> Report:
@@ -478,7 +489,7 @@ def _run_whole(loaded: Loaded, pruned: onnx.ModelProto) -> None:
     raise ProofError(f"the pruned model does not run at batch 2: {problem}; nothing was written", (problem,))
 
 
-def _options(chosen: Mapping[str, Any]) -> Options:
+def options_from(chosen: Mapping[str, Any]) -> Options:
     targets = {
         key[7:]: float(value) for key, value in chosen.items() if key.startswith("target_") and value is not None
     }

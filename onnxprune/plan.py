@@ -149,7 +149,7 @@ def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
                     raise ModelError(f"the plan keeps {len(rows)} rows of {full} axis {axis}, which has {len(classes)}")
                 for own, row in zip(classes, rows * (len(classes) // len(rows)), strict=True):
                     keep[np.delete(own, row)] = False
-    _refuse_impossible(coupling, keep)
+    refuse_impossible(coupling, keep)
     return keep
 
 
@@ -162,7 +162,7 @@ def owner(coupling: Coupling, full: str) -> tuple[str, str]:
     return next((pair for pair in splits if pair in coupling.ledger.constants), (full, ""))
 
 
-def _refuse_impossible(coupling: Coupling, keep: np.ndarray) -> None:
+def refuse_impossible(coupling: Coupling, keep: np.ndarray) -> None:
     """A plan that removes frozen channels is wrong however well it fits, and rows that keep unequal numbers fit nothing."""
     if coupling.unbalanced(keep):
         raise ModelError("the plan keeps unequal numbers of channels in groups or heads that must stay equally wide")
@@ -189,5 +189,5 @@ def keep_of_groups(coupling: Coupling, plan: Plan) -> np.ndarray:
     keep = np.ones(coupling.n_classes, bool)
     for group, (_, _, kept) in zip(coupling.groups, plan.groups, strict=True):
         keep[group.classes] = kept
-    _refuse_impossible(coupling, keep)
+    refuse_impossible(coupling, keep)
     return keep

@@ -95,3 +95,17 @@ def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
             for body in (attribute.g, *attribute.graphs):
                 yield from tensors(body)
+
+
+def named_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Initializers, and Constant nodes' tensors under their output's name; bodies included."""
+    yield from graph.initializer
+    for node in graph.node:
+        tensor = constant_tensor(node) if node.op_type == "Constant" else None
+        if tensor is not None:
+            named = onnx.TensorProto()
+            named.CopyFrom(tensor)
+            named.name = node.output[0]
+            yield named
+        for body in bodies(node):
+            yield from named_tensors(body)

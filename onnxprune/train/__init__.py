@@ -9,6 +9,9 @@ try:
 except ImportError as error:
     raise UsageError("training needs PyTorch; install it with: pip install 'onnxprune[train]'") from error
 
+from onnxprune.train.finetune import Trained, finetune
 from onnxprune.train.module import OnnxModule
+from onnxprune.train.recipe import Recipe
+from onnxprune.train.sparsity import GroupLasso
 
-__all__ = ["OnnxModule"]
+__all__ = ["GroupLasso", "OnnxModule", "Recipe", "Trained", "finetune"]

@@ -1,0 +1,5 @@
+"""``python -m onnxprune``, which torchrun needs."""
+
+from onnxprune.cli import main
+
+main()

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Quality after training: prune, train on the shared train sets, score on the shared test sets.
+
+    python tools/training.py ../shared/models RUN [RUN ...] --out FOLDER [--seeds 0 1 2] [--start compensated magnitude]
+        [--epochs N] [--preset d]
+
+A RUN is MODEL@SHARE, for example ``dncnn_s25@0.6``. Models, training artifacts and trained networks stay in FOLDER, and
+``FOLDER/results.jsonl`` gets a line per run: drop at the start, drop after training, minutes. Nothing is selected by the
+test data: the last weights are scored. A run that stops goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+from quality import calibration, scorer
+
+import onnxprune
+from onnxprune import onnx_io
+from onnxprune.artifact import export_artifact
+from onnxprune.quality import Reading
+from onnxprune.train import Recipe, finetune
+from onnxprune.train.trainer import Moment
+
+CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "resnet20": {
+        "epochs": 20, "batch": 128, "learning_rate": 2e-3, "pad": 4, "flip": "horizontal", "distill": 1.0, "loss": "none",
+    },
+    "dncnn": {
+        "epochs": 12, "batch": 16, "learning_rate": 1e-3, "crop": 48, "flip": "all", "noise": 25 / 255, "loss": "l2",
+        "distill": 1.0, "precision": "bfloat16",
+    },
+    "vdsr": {
+        "epochs": 12, "batch": 16, "learning_rate": 5e-4, "crop": 48, "flip": "all", "loss": "none", "distill": 1.0,
+        "precision": "bfloat16",
+    },
+    "imdn": {
+        "epochs": 60, "batch": 8, "learning_rate": 5e-4, "crop": 32, "flip": "all", "loss": "none", "distill": 1.0,
+        "precision": "bfloat16",
+    },
+}  # fmt: skip
+
+
+def training_data(folder: pathlib.Path, name: str, out: pathlib.Path) -> Reading:
+    """Write the train set of a model as onnxprune reads it; returns how its output is read."""
+    key = input_name(folder, name)
+    if name.startswith("resnet20"):
+        with np.load(folder / "cifar_train_10k.npz") as stored:
+            np.savez(out, **{key: stored["images"], "label": stored["labels"]})
+        return Reading(scale=1 / 255, mean=CIFAR_MEAN, std=CIFAR_STD)
+    if name.startswith("dncnn"):
+        with np.load(folder / "bsd_train_patches.npz") as stored:
+            np.savez(out, **{key: stored["patches"][:, None]})
+        return Reading(scale=1 / 255, output="residual")
+    if name.startswith("vdsr"):
+        with np.load(folder / "bsd_train_patches.npz") as high, np.load(folder / "vdsr_train_patches.npz") as low:
+            np.savez(out, **{key: low["lr_patches"][:, None], "target": high["patches"][:1000, None]})
+        return Reading(scale=1 / 255)
+    with np.load(folder / "imdn_train_patches_x2.npz") as stored:
+        low, high = (stored[k].transpose(0, 3, 1, 2) for k in ("lr_patches", "hr_patches"))
+        np.savez(out, **{key: low, "target": high})
+    return Reading(scale=1 / 255)
+
+
+def input_name(folder: pathlib.Path, name: str) -> str:
+    """Name of a model's only input."""
+    graph = onnx_io.load(folder / f"{name}.onnx").graph
+    known = {tensor.name for tensor in graph.initializer}
+    return next(value.name for value in graph.input if value.name not in known)
+
+
+TESTS = {
+    "resnet20": ("cifar-top1", "cifar_eval_1k.npz"), "dncnn": ("denoise-psnr", "set12_denoise.npz"),
+    "vdsr": ("sr-psnr", "set5_y_x2.npz"), "imdn": ("sr-psnr", "set5_rgb_x2.npz"),
+}  # fmt: skip
+
+
+def score(folder: pathlib.Path, name: str, model: pathlib.Path) -> float:
+    """Quality of a model file on the test set, by the folder's own evaluate.py."""
+    task, data = next(test for prefix, test in TESTS.items() if name.startswith(prefix))
+    return float(scorer(folder).evaluate(task, model, folder / data)["value"])
+
+
+def one(folder: pathlib.Path, out: pathlib.Path, name: str, share: float, start: str, chosen: argparse.Namespace,
+        seed: int) -> dict[str, Any]:  # fmt: skip
+    """Prune, train, score."""
+    base = out / f"{name}-{share:g}-{start}-{chosen.preset}"
+    original = folder / f"{name}.onnx"
+    recipe = next(recipe for prefix, recipe in RECIPES.items() if name.startswith(prefix))
+    recipe = {**recipe, **{k: json.loads(v) for k, v in (item.split("=") for item in chosen.set)}, "seed": seed}
+    data = out / f"{name}.npz"
+    reading = training_data(folder, name, data)
+    artifact = base.with_suffix(".artifact")
+    if not artifact.exists():
+        calib = {"calib": calibration(scorer(folder), folder, name, None)} if start == "compensated" else {}
+        result = onnxprune.prune(original, target_mac=share, preset=chosen.preset, **calib)
+        export_artifact(original, result.model, artifact, result.plan)
+    trained = base.with_name(f"{base.name}-{seed}{chosen.tag}.onnx")
+    begin = time.perf_counter()
+    finetune(artifact, data, trained, Recipe(**recipe), reading=reading, force=True, moment=chosen.show)
+    minutes = (time.perf_counter() - begin) / 60
+    quality = {"original": score(folder, name, original), "pruned": score(folder, name, artifact / "student.onnx")}
+    quality["trained"] = score(folder, name, trained)
+    return {
+        "model": name, "share": share, "start": start, "preset": chosen.preset, "seed": seed, "recipe": recipe, **quality,
+        "drop_pruned": quality["original"] - quality["pruned"], "drop": quality["original"] - quality["trained"],
+        "minutes": minutes,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run every RUN from every start with every seed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("runs", nargs="+", metavar="MODEL@SHARE")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--start", nargs="+", choices=["compensated", "magnitude"], default=["compensated"])
+    parser.add_argument("--preset", default="d", choices=list("abcd"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="change the recipe")
+    parser.add_argument("--tag", default="", help="part of the trained model's name")
+    parser.add_argument("--every", type=int, default=200, help="steps between lines of progress")
+    chosen = parser.parse_args()
+    begin = time.perf_counter()
+
+    def show(now: Moment) -> None:
+        if now.step % chosen.every == 0:
+            told = f"{now.step}/{now.steps} loss {now.loss:.5g} {(time.perf_counter() - begin) / 60:.1f} min"
+            print(told, flush=True)
+
+    chosen.show = show
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    for run in chosen.runs:
+        name, _, share = run.partition("@")
+        for start in chosen.start:
+            for seed in chosen.seeds:
+                row = one(chosen.folder, chosen.out, name, float(share), start, chosen, seed)
+                print(json.dumps(row), flush=True)
+                with (chosen.out / "results.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
