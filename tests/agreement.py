@@ -22,6 +22,8 @@ from onnxprune.train.kernels import find
 
 torch.set_num_threads(1)
 
+_ON_HOST = frozenset(("NonZero", "Compress", "Range", "Shape", "Size", "ConstantOfShape"))
+
 
 def normal(*shape: int) -> np.ndarray:
     """Seeded standard normal numbers in float32."""
@@ -102,7 +104,7 @@ def spread(expected: np.ndarray, given: np.ndarray) -> float:
 
 
 def agrees(case: Case, tolerance: float = 1e-5) -> None:
-    """PyTorch computes what onnxruntime does; types agree but for integers that are kept as floats."""
+    """PyTorch computes what onnxruntime does, on the input's device; types agree but for integers kept as floats."""
     model = case.model()
     if case.reference:
         expected = ReferenceEvaluator(model).run(None, {"in0": case.arrays[0]})
@@ -115,6 +117,9 @@ def agrees(case: Case, tolerance: float = 1e-5) -> None:
         for want, have in zip(expected, given, strict=True):
             assert spread(want, have) <= tolerance
             assert have.dtype in (want.dtype, np.float32)
+    if case.op not in _ON_HOST:
+        module = OnnxModule(model, case.trained()).to("meta")  # it stands in for a graphics card
+        assert all(y.is_meta for y in results(module(torch.from_numpy(case.arrays[0]).to("meta"))))
 
 
 def slopes(case: Case) -> None:
@@ -131,3 +136,40 @@ def slopes(case: Case) -> None:
 
     parameters = [module.get_parameter(name) for name in case.trained()]
     assert torch.autograd.gradcheck(function, (x, *parameters), atol=1e-6, rtol=1e-4, fast_mode=True)
+
+
+def built(
+    nodes: Sequence[onnx.NodeProto],
+    constants: dict[str, np.ndarray],
+    inputs: dict[str, tuple[int, Sequence]],
+    outputs: Sequence[str] = ("y",),
+    **options,
+) -> onnx.ModelProto:
+    """A small model; inputs have a type and a shape."""
+    graph = helper.make_graph(
+        list(nodes),
+        "small",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [onnx.ValueInfoProto(name=name) for name in outputs],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9, **options)
+
+
+def expected(model: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
+    """What onnxruntime computes."""
+    return runtime.Session(model.SerializeToString(), optimize=False, threads=1).run(feeds)
+
+
+def image(model: onnx.ModelProto, batch: int = 1) -> np.ndarray:
+    """Random input."""
+    shape = [d.dim_value or 1 for d in model.graph.input[0].type.tensor_type.shape.dim]
+    return normal(batch, *shape[1:])
+
+
+def nudge(module: OnnxModule) -> None:
+    """Change every parameter a little."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))

@@ -112,10 +112,12 @@ def build(
             continue
         still = constants.keys() | measured
         numbers = () if entry is None else (name for p, name in enumerate(call.inputs) if p in entry.host and name)
-        if call.op in _LOOSE or not loose.isdisjoint(sources) or not still.issuperset(numbers):
-            loose.update(filter(None, call.outputs))
-        shaped = call.op in ("Shape", "Size") and loose.isdisjoint(sources)
-        shaped = shaped or (sources <= still and entry is not None)
+        if call.op in ("Shape", "Size"):
+            shaped = loose.isdisjoint(sources)
+        else:
+            shaped = sources <= still and entry is not None
+            if call.op in _LOOSE or not loose.isdisjoint(sources) or not still.issuperset(numbers):
+                loose.update(filter(None, call.outputs))
         if shaped and call.op not in _RANDOM:
             measured.update(filter(None, call.outputs))
         computed.update(filter(None, call.outputs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,8 @@ ALL = sorted(path.name.removesuffix(".onnx.gz") for path in ZOO.glob("*.gz"))
 needs_models = pytest.mark.skipif(not MODELS.is_dir(), reason=f"trained networks are not there: {MODELS}")
 needs_zoo = pytest.mark.skipif(not ZOO.is_dir(), reason=f"the architectures are not there: {ZOO}")
 
-UNTRAINED: Mapping[str, tuple[str, ...]] = {}
-"""Parameters that no output depends on, by network."""
+TOLERANCES = {"v_resnet18_fp16": 1e-2, "v_resnet18_qdq": 3e-2}
+"""Half precision is computed in float32; a sum in another order may fall on the other side of a quantiser's step."""
 
 
 def shapes(session: runtime.Session, batch: int) -> dict[str, list[int]]:
@@ -43,7 +42,7 @@ def shapes(session: runtime.Session, batch: int) -> dict[str, list[int]]:
     }
 
 
-def check(model: onnx.ModelProto, batch: int = 1, tolerance: float = 1e-4, untrained: tuple[str, ...] = ()) -> None:
+def check(model: onnx.ModelProto, batch: int = 1, tolerance: float = 1e-4) -> None:
     """Compare outputs with onnxruntime's, and look at every gradient."""
     module = OnnxModule(model)
     session = runtime.Session(model.SerializeToString(), optimize=False, threads=1)
@@ -54,9 +53,7 @@ def check(model: onnx.ModelProto, batch: int = 1, tolerance: float = 1e-4, untra
     if not list(module.parameters()):
         return
     sum(y.float().square().mean() for y in given if y.requires_grad).backward()
-    without = [name for name, p in module.named_parameters() if p.grad is None]
-    assert without == list(untrained)
-    assert [n for n, p in module.named_parameters() if n not in without and not p.grad.isfinite().all()] == []
+    assert [n for n, p in module.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
 @pytest.mark.parametrize("name", ["digits", "denoise"])
@@ -106,5 +103,5 @@ def test_few_real_architectures_agree(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_all_real_architectures_agree(name: str) -> None:
-    """The whole zoo; half precision is computed in float32 and differs by what it rounds."""
-    check(filled(name), tolerance=1e-2 if name.endswith("fp16") else 1e-4, untrained=UNTRAINED.get(name, ()))
+    """The whole zoo."""
+    check(filled(name), tolerance=TOLERANCES.get(name, 1e-4))

@@ -145,13 +145,13 @@ def _reflected(size: int, before: int, after: int, mode: str, device: torch.devi
     return torch.where(index >= size, period - index, index)
 
 
-@computes("Shape")
+@computes("Shape", host=(0,))
 def shape(call: Call, x: Tensor) -> Tensor:
     """Lengths of the axes from ``start`` to ``end``."""
     return torch.tensor(list(x.shape)[call.get("start", 0) : call.get("end")], dtype=torch.int64)
 
 
-@computes("Size")
+@computes("Size", host=(0,))
 def size(call: Call, x: Tensor) -> Tensor:
     """Number of elements."""
     return torch.tensor(x.numel())
