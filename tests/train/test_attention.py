@@ -59,6 +59,11 @@ CASES = {
     "standard_softcap": standard(Q, K, V, softcap=2.0),
     "standard_grouped": standard(Q, K[..., : 2 * WIDTH], V[..., : 2 * WIDTH], kv_num_heads=2),
     "standard_past": standard(Q, K, V, None, PAST, PAST + 0.1, outputs=3),
+    "standard_causal_past": standard(Q, Q + 0.1, Q - 0.2, None, PAST, PAST + 0.1, outputs=3, is_causal=1),
+    "projected_causal_past": fused("Attention", *PROJECTED, None, np.stack([PAST, PAST + 0.1]), outputs=2, unidirectional=1),
+    "multi_causal_past": fused(
+        "MultiHeadAttention", Q, Q + 0.1, Q - 0.2, None, None, None, PAST, PAST + 0.1, outputs=3, unidirectional=1
+    ),
     "standard_wide_values": standard(Q, K, normal(BATCH, 6, HEADS * 3)),
     "projected": fused("Attention", *PROJECTED),
     "projected_causal": fused("Attention", *PROJECTED, unidirectional=1),

@@ -7,7 +7,10 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 from agreement import Case, agrees, integers, normal, positive, slopes
+from onnxprune.train import OnnxModule
 
 X, Y, P = normal(3, 4, 5), normal(4, 5) + 0.1, positive(3, 4, 5)
 BYTES = integers(5, 9, dtype=np.uint8)
@@ -70,6 +73,11 @@ CASES = {
     "Cast_float": Case("Cast", [integers(0, 2, -1)], {"to": 1}, smooth=False),
     "CastLike": Case("CastLike", [integers(0, 2, -1), np.zeros(1, np.float32)], smooth=False),
 }  # fmt: skip
+OLD = {
+    "Add": (Case("Add", [X, normal(4)], {"axis": 1, "broadcast": 1}, opset=6), X + normal(4)[:, None]),
+    "Div": (Case("Div", [X, positive(3, 4)], {"axis": 0, "broadcast": 1}, opset=6), X / positive(3, 4)[..., None]),
+    "PRelu": (Case("PRelu", [X, positive(4)], opset=6), np.where(X < 0, X * positive(4)[:, None], X)),
+}
 SMOOTH = {name: case for name, case in CASES.items() if case.smooth}
 
 
@@ -83,3 +91,10 @@ def test_value_agrees(case: Case) -> None:
 def test_slope_agrees(case: Case) -> None:
     """Gradients are what differences say."""
     slopes(case)
+
+
+@pytest.mark.parametrize(("case", "expected"), OLD.values(), ids=OLD)
+def test_old_broadcasting(case: Case, expected: np.ndarray) -> None:
+    """Up to opset 6, which onnxruntime does not run, an attribute says where the second operand's axes begin."""
+    given = OnnxModule(case.model(), [])(torch.from_numpy(case.arrays[0])).numpy()
+    np.testing.assert_allclose(given, expected, rtol=1e-6)

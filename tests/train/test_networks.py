@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,22 @@ def test_architectures_agree(name: str) -> None:
 def test_architectures_agree_at_another_batch(name: str) -> None:
     """Every architecture with a dynamic batch of three."""
     check(variants.with_dynamic_batch(architectures.ALL[name]()), 3)
+
+
+VARIANTS = {
+    "constants_as_nodes": variants.constants_as_nodes,
+    "initializers_as_inputs": variants.initializers_as_inputs,
+    "fold_batch_norm": variants.fold_batch_norm,
+    "opset18": partial(variants.to_opset, version=18),
+    "opset21": partial(variants.to_opset, version=21),
+}
+
+
+@pytest.mark.parametrize("name", ["resnet_a", "unet_resize", "densenet", "edsr_reshape"])
+@pytest.mark.parametrize("vary", VARIANTS.values(), ids=VARIANTS)
+def test_variants_agree(name: str, vary: variants.Variant) -> None:
+    """The same network written differently, or in another opset."""
+    check(vary(architectures.ALL[name]()))
 
 
 @needs_models

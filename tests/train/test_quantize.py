@@ -31,6 +31,8 @@ CASES = {
     "dequantize_int32": Case("DequantizeLinear", [BYTES.astype(np.int32) * 1000, SCALE]),
     "dequantize_blocks": Case("DequantizeLinear", [BYTES, BLOCKS], {"axis": 1, "block_size": 2}),
     "dynamic": Case("DynamicQuantizeLinear", [X], outputs=3),
+    "dynamic_positive": Case("DynamicQuantizeLinear", [np.abs(X) + 1], outputs=3),
+    "dynamic_negative": Case("DynamicQuantizeLinear", [-np.abs(X) - 1], outputs=3),
     "dynamic_zero": Case("DynamicQuantizeLinear", [0 * X], outputs=3),
     "matmul": Case("MatMulInteger", [BYTES, SIGNED, ZERO, np.array(3, np.int8)]),
     "matmul_columns": Case("MatMulInteger", [BYTES, SIGNED, ZERO, np.arange(5, dtype=np.int8)]),
