@@ -58,6 +58,9 @@ def find(domain: str, op: str) -> Entry | None:
     return _KERNELS.get((domain, op))
 
 
-_FAMILIES = "elementwise linear movement indexing norm pool reduce sampling attention fused quantize recurrent fourier"
+_FAMILIES = (
+    "elementwise activations linear movement indexing norm pool reduce sampling attention fused quantize recurrent "
+    "fourier"
+)
 for _family in _FAMILIES.split():
     importlib.import_module(f"{__name__}.{_family}")
