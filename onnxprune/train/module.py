@@ -98,6 +98,7 @@ class OnnxModule(nn.Module):
         feeds = {**dict(zip(self.inputs, inputs, strict=False)), **named}
         if len(inputs) > len(self.inputs) or feeds.keys() != set(self.inputs):
             raise UsageError(f"the graph takes {', '.join(self.inputs)}; given were {len(inputs)} and {list(named)}")
+        feeds = {name: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for name, x in feeds.items()}
         device = next(iter(feeds.values())).device if feeds else torch.device("cpu")
         values: dict[str, Tensor] = {**self._on_host, **self._buffers, **self._parameters, **feeds}  # type: ignore[dict-item]
         key = tuple(tuple(x.shape) for x in feeds.values())

@@ -72,7 +72,7 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
         total = [max(0, size - want) for size, want in zip(full, wanted[-n:], strict=True)]
         less = [t // 2 for t in total]
         rest = [t - half for t, half in zip(total, less, strict=True)]
-        pads = [*less, *rest] if mode != "SAME_LOWER" else [*rest, *less]
+        pads = [*less, *rest] if mode == "SAME_UPPER" else [*rest, *less]
     if pads[:n] == pads[n:] and all(extra < max(s, d) for extra, s, d in zip(more, strides, dilations, strict=True)):
         return _CONV_TRANSPOSE[n](x, weight, bias, strides, pads[:n], more, call.get("group", 1), dilations)
     y = _CONV_TRANSPOSE[n](x, weight, bias, strides, 0, 0, call.get("group", 1), dilations)

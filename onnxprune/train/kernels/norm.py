@@ -18,6 +18,8 @@ def batch_normalization(
     """Statistics are the graph's, also while training; where the graph says ``training_mode``, the batch's."""
     epsilon, momentum = call.get("epsilon", 1e-5), call.get("momentum", 0.9)
     if not call.get("training_mode", 0):
+        if mean.requires_grad or var.requires_grad:  # PyTorch's function has no gradient for them
+            return _per_channel(_per_channel(x, torch.ones_like(mean), -mean), scale * torch.rsqrt(var + epsilon), bias)
         return functional.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
     axes = (0, *range(2, x.ndim))
     running = (

@@ -81,7 +81,7 @@ def _places(places: Tensor, padded_to: torch.Size, shape: torch.Size, begins: li
 
 @computes("MaxUnpool", host=(2,))
 def max_unpool(call: Call, x: Tensor, places: Tensor, wanted: Tensor | None = None) -> Tensor:
-    """Values go back to their places; the rest is zero."""
+    """Values go back to their places in a tensor of the given shape; the rest is zero."""
     kernel = call.get("kernel_shape")
     n = len(kernel)
     strides, pads = call.get("strides", [1] * n), call.get("pads", [0] * 2 * n)
@@ -89,12 +89,9 @@ def max_unpool(call: Call, x: Tensor, places: Tensor, wanted: Tensor | None = No
         (size - 1) * stride + k - pads[axis] - pads[axis + n]
         for axis, (size, stride, k) in enumerate(zip(x.shape[2:], strides, kernel, strict=True))
     ]
-    flat = torch.zeros(prod((*x.shape[:2], *spatial)), dtype=x.dtype, device=x.device)
-    y = flat.scatter(0, places.reshape(-1).long(), x.reshape(-1)).reshape(*x.shape[:2], *spatial)
-    if wanted is None:
-        return y
-    more = [side for have, want in zip(y.shape, wanted.tolist(), strict=True) for side in (int(want) - have, 0)]
-    return functional.pad(y, more[::-1])
+    shape = [*x.shape[:2], *spatial] if wanted is None else [int(size) for size in wanted.tolist()]
+    flat = torch.zeros(prod(shape), dtype=x.dtype, device=x.device)
+    return flat.scatter(0, places.reshape(-1).long(), x.reshape(-1)).reshape(shape)
 
 
 def _sums(call: Call, x: Tensor, pads: list[int]) -> Tensor:

@@ -189,8 +189,9 @@ def _matrix(plan: _Axis) -> np.ndarray:
     taps = np.floor(places)[:, None].astype(np.int64) + np.arange(1 - span, span + 1)
     distance = np.abs(taps - places[:, None]) / reach
     weights = np.maximum(0, 1 - distance) if width == 1 else _cubic(distance, plan.cubic)
-    if plan.exclude or plan.antialias:
+    if plan.exclude:
         weights = np.where((taps < 0) | (taps >= plan.size), 0, weights)
+    if plan.exclude or plan.antialias:
         weights /= weights.sum(1, keepdims=True)
     matrix = np.zeros((plan.wanted, plan.size))
     rows = np.broadcast_to(np.arange(plan.wanted)[:, None], taps.shape)
