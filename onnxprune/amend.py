@@ -50,7 +50,8 @@ def amend(model: onnx.ModelProto, values: Mapping[str, np.ndarray], added: Mappi
         if node.op_type == "Constant" and node.output[0] in values:
             tensor = constant_tensor(node)
             assert tensor is not None
-            _set_value(tensor, values[node.output[0]])
+            if not _set_value(tensor, values[node.output[0]]):
+                continue
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("value", tensor))
     places = {node.output[0]: place for place, node in enumerate(graph.node) if node.output}
@@ -127,10 +128,14 @@ def _rename_copies(graph: onnx.GraphProto, key: str) -> None:
         node.input[place] = renamed.get(name, name)
 
 
-def _set_value(tensor: onnx.TensorProto, value: np.ndarray) -> None:
-    """Give a tensor another value of its own type, keeping documentation and metadata."""
+def _set_value(tensor: onnx.TensorProto, value: np.ndarray) -> bool:
+    """Give a tensor another value of its own type, keeping documentation and metadata; say whether it changed a bit."""
     kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     fresh = numpy_helper.from_array(np.asarray(value, kind, order="C").reshape(tuple(tensor.dims)), tensor.name)
-    fresh.doc_string = tensor.doc_string
+    if fresh.raw_data == numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data:
+        return False  # the tensor may hold its numbers in another field
+    if tensor.HasField("doc_string"):
+        fresh.doc_string = tensor.doc_string
     fresh.metadata_props.extend(tensor.metadata_props)
     tensor.CopyFrom(fresh)
+    return True

@@ -50,6 +50,8 @@ class OnnxModule(nn.Module):
         values = parameter_values(flat, chosen)
         if lost := [name for name in chosen if name not in values or not values[name].is_floating_point()]:
             raise ModelError(f"{lost[0]}: no floating-point constant of the graph; nothing can be trained there")
+        if not values.keys() <= parameter_values(self._source, chosen).keys():
+            self._source = flat  # a local function holds it, which other calls may share
         for name, value in values.items():
             self._parameters[name] = nn.Parameter(value)  # register_parameter forbids dots
         opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in flat.opset_import}
@@ -116,7 +118,10 @@ class OnnxModule(nn.Module):
         return results[0] if len(results) == 1 else results
 
     def to_onnx(self, state: Mapping[str, Tensor] | None = None) -> onnx.ModelProto:
-        """Return the graph with the parameters' values (or those of a ``state_dict``): nothing but their bytes differs."""
+        """Return the graph with the parameters' values (or those of a ``state_dict``): nothing but their bytes differs.
+
+        Local functions are inlined where one holds a constant that is trained.
+        """
         chosen = dict(self.named_parameters()) if state is None else state
         if strange := [name for name in chosen if name not in self._parameters]:
             raise UsageError(f"{strange[0]}: no parameter of this graph")

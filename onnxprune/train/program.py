@@ -20,6 +20,8 @@ _NARROW = ("float16", "bfloat16")
 _RANDOM = frozenset(
     ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 )
+_LOOSE = frozenset(("NonZero", "Compress", "If"))
+"""Operators whose results have shapes that depend on values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,11 @@ class Program:
         for step in self.steps:
             call = step.call
             measured = call.outputs[0] in self.measured
-            if not (skip and measured):
-                _compute(step, values, torch.device("cpu") if measured else device)
+            if not measured:
+                _compute(step, values, device)
+            elif not skip:
+                with torch.inference_mode(False), torch.no_grad():  # it is remembered, and may be trained with later
+                    _compute(step, values, torch.device("cpu"))
             if free:
                 for name in step.last:
                     if name not in wanted:
@@ -91,7 +96,7 @@ def build(
     constants = {t.name: tensor_value(t) for t in graph.initializer if t.name not in parameters}
     listed = {t.name for t in graph.initializer}
     inputs = tuple(value.name for value in graph.input if value.name not in listed)
-    measured: set[str] = set()
+    measured, loose = set[str](), set[str]()
     calls: list[tuple[Call, Entry | None]] = []
     computed = {*inputs, *parameters, *outer}
     for node in graph.node:
@@ -105,7 +110,12 @@ def build(
             with torch.no_grad():
                 _compute(Step(call, entry, ()), constants, torch.device("cpu"))
             continue
-        shaped = call.op in ("Shape", "Size") or (sources <= constants.keys() | measured and entry is not None)
+        still = constants.keys() | measured
+        numbers = () if entry is None else (name for p, name in enumerate(call.inputs) if p in entry.host and name)
+        if call.op in _LOOSE or not loose.isdisjoint(sources) or not still.issuperset(numbers):
+            loose.update(filter(None, call.outputs))
+        shaped = call.op in ("Shape", "Size") and loose.isdisjoint(sources)
+        shaped = shaped or (sources <= still and entry is not None)
         if shaped and call.op not in _RANDOM:
             measured.update(filter(None, call.outputs))
         computed.update(filter(None, call.outputs))

@@ -112,7 +112,7 @@ def cut(
     return x
 
 
-@computes("Pad", host=(1, 3))
+@computes("Pad", host=(1, 2, 3))
 def pad(
     call: Call, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
 ) -> Tensor:
