@@ -81,8 +81,8 @@ def check_suffixes(source: pathlib.Path, out: pathlib.Path) -> None:
             else:
                 import safetensors  # noqa: F401, PLC0415 (an extra)
         except ImportError as error:
-            library = "torch" if path.suffix in TORCH else "safetensors"
-            raise UsageError(f"{path}: needs {library}: pip install 'onnxprune[train]'") from error
+            library, extra = ("torch", "train") if path.suffix in TORCH else ("safetensors", "checkpoint")
+            raise UsageError(f"{path}: needs {library}: pip install 'onnxprune[{extra}]'") from error
 
 
 def read(path: str | os.PathLike) -> Checkpoint:

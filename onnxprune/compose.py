@@ -65,8 +65,12 @@ def compose(first: Plan, second: Plan, coupling: Coupling) -> Plan:
 
 def _uses(coupling: Coupling, first: Plan, second: Plan) -> Iterator[_Use]:
     """Every constant of the original with what the plans make of it, by whichever name it has between them."""
-    moved = {entry["node"]: f"{entry['node']}/unbiased" for entry in first.added.values() if entry["input"] is None}
-    instead = {(entry["node"], entry["replaces"]): name for name, entry in first.added.items() if entry["replaces"]}
+    behind = {entry["node"] for entry in first.added.values() if entry["input"] is None}
+    instead = {
+        (entry["node"], entry["replaces"].removesuffix(f"@{entry['node']}")): name
+        for name, entry in first.added.items()
+        if entry["replaces"]
+    }
     known = set[str]()
     for name in first.added:
         known |= {full for full in second.initializers if full == name or full.startswith(f"{name}@")}
@@ -74,7 +78,10 @@ def _uses(coupling: Coupling, first: Plan, second: Plan) -> Iterator[_Use]:
         own = f"{name}@{key}"
         once = own if own in first.initializers else name
         between = instead.get((key, name), once)
-        full = f"{between}@{moved.get(key, key)}"
+        reader = key
+        while reader in behind:
+            reader += "/unbiased"
+        full = f"{between}@{reader}"
         twice = full if full in second.initializers else between
         known.add(twice)
         steps = first.initializers.get(once, {}), second.initializers.get(twice, {})

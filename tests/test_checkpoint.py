@@ -121,7 +121,7 @@ def test_torch_is_not_needed_for_safetensors(source: Path, out: Path, monkeypatc
 def test_safetensors_missing(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where safetensors is missing, the error says what to install."""
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UsageError, match=r"needs safetensors: pip install 'onnxprune\[train\]'"):
+    with pytest.raises(UsageError, match=r"needs safetensors: pip install 'onnxprune\[checkpoint\]'"):
         onnxprune.apply_checkpoint(plan_of(SLICES), source, out)
 
 

@@ -97,7 +97,7 @@ def one(folder: pathlib.Path, out: pathlib.Path, name: str, share: float, start:
     recipe = {**recipe, **{k: json.loads(v) for k, v in (item.split("=") for item in chosen.set)}, "seed": seed}
     data = out / f"{name}.npz"
     reading = training_data(folder, name, data)
-    artifact = base.with_suffix(".artifact")
+    artifact = base.with_name(f"{base.name}.artifact")
     if not artifact.exists():
         calib = {"calib": calibration(scorer(folder), folder, name, None)} if start == "compensated" else {}
         result = onnxprune.prune(original, target_mac=share, preset=chosen.preset, **calib)
