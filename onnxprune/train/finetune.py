@@ -89,6 +89,8 @@ def finetune(
     """
     recipe, reading = recipe or Recipe(), reading or Reading()
     artifact, out = read_artifact(directory), pathlib.Path(out)
+    if not artifact.trainable:
+        raise UsageError(f"{directory}: has no weights to train; its manifest says why each constant stays")
     pipeline.check_output(artifact.student, out, force=force)
     metric = metric or artifact.metric
     if validation is not None and metric is None:
