@@ -492,5 +492,6 @@ def main() -> None:
 import onnxprune.cli_artifact  # noqa: E402 (these add their commands to the group above)
 import onnxprune.cli_checkpoint  # noqa: E402
 import onnxprune.cli_finetune  # noqa: E402
+import onnxprune.cli_iterate  # noqa: E402
 import onnxprune.cli_sensitivity  # noqa: E402
 import onnxprune.cli_sweep  # noqa: E402, F401

@@ -24,7 +24,8 @@ LAYERS = (
         "pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity",
         "artifact", "checkpoint",
     },
-    {"train", "iterate"},
+    {"train"},
+    {"iterate", "trainers"},
     {
         "cli", "cli_artifact", "cli_checkpoint", "cli_finetune", "cli_iterate", "cli_sensitivity", "cli_sweep", "parameters",
         "__main__",

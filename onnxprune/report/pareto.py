@@ -1,8 +1,9 @@
-"""Draw the rows of a sweep: MAC share against quality, one line per model and way of pruning."""
+"""Draw quality against MAC: the rows of a sweep, one line per model and way of pruning; the steps of an iterative run."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,38 @@ def draw(rows: Sequence[Row], kind: str = "svg") -> bytes:
         axes.set_ylabel(f"{shown[0].quality[0].metric} ({better} is better)")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, title="filled: Pareto-optimal", alignment="left")
+        target = io.BytesIO()
+        figure.savefig(target, format=kind, dpi=150, metadata=_without_date(kind))
+    return target.getvalue()
+
+
+def draw_path(points: Sequence[tuple[float, float, bool]], metric: str, before: float, kind: str = "svg") -> bytes:
+    """Draw an iterative run: quality against MAC kept, step by step; steps that were taken back are hollow.
+
+    Parameters
+    ----------
+    points
+        Share of MAC kept, metric, and whether the step was kept, in the order of the steps.
+    before
+        Metric of the original, dashed.
+    """
+    require_matplotlib()
+    import matplotlib as mpl  # noqa: PLC0415 (an extra)
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    with mpl.rc_context(_LOOK):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        path = [(100.0, before), *((100 * share, value) for share, value, kept in points if kept)]
+        axes.plot([x for x, _ in path], [y for _, y in path], "o-", color="C0", linewidth=1.2, markersize=6)
+        for share, value, kept in points:
+            if not kept and math.isfinite(value):
+                axes.plot(100 * share, value, "o", markersize=6, color="C3", markerfacecolor="white")
+        axes.axhline(before, color="0.5", linewidth=0.8, linestyle="--")
+        axes.invert_xaxis()
+        axes.set_xlabel("MAC kept, % of the original")
+        axes.set_ylabel(metric)
+        axes.grid(alpha=0.25)
         target = io.BytesIO()
         figure.savefig(target, format=kind, dpi=150, metadata=_without_date(kind))
     return target.getvalue()

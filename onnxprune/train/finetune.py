@@ -140,6 +140,7 @@ def _open(folder: pathlib.Path, restart: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{folder}: cannot be made ({error.strerror})") from error
+    state.sweep(folder)
     if restart:
         state.clear(folder)
 

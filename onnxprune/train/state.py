@@ -75,3 +75,9 @@ def write_metrics(folder: pathlib.Path, history: Sequence[Epoch]) -> None:
 def clear(folder: pathlib.Path) -> None:
     """Remove the checkpoint; what has been measured stays."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def sweep(folder: pathlib.Path) -> None:
+    """Remove checkpoints that a killed run was about to write."""
+    for left in folder.glob(f".{CHECKPOINT}.*"):
+        left.unlink()

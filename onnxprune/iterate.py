@@ -1,0 +1,351 @@
+"""Iterate: the paper's loop. Train with the regularizer, prune a step, train again, measure; back off where quality drops.
+
+Every step's result lies in a folder of its own and is found there by a run that goes on after a kill: the loop itself is a
+function of those results, so that it ends where an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from onnxprune import onnx_io, pipeline, quality
+from onnxprune.artifact import export_artifact
+from onnxprune.budget import Budget
+from onnxprune.compose import compose
+from onnxprune.coupling import Coupling
+from onnxprune.errors import BudgetError, FileError, QualityError, UsageError
+from onnxprune.manifest import read_artifact
+from onnxprune.metrics import Metric
+from onnxprune.metrics import find as find_metric
+from onnxprune.options import Clock, Options, Progress, silent
+from onnxprune.passes.validate import Quality
+from onnxprune.plan import Plan, make_plan
+from onnxprune.quality import Reading
+from onnxprune.report import Report
+from onnxprune.trainers import Trainer
+
+KINDS = ("mac", "params", "bandwidth")
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the loop steps, and what it must not lose.
+
+    Attributes
+    ----------
+    step, min_step
+        Share of the original's cost that a step removes; it is halved after a step that lost too much, and the loop ends
+        once it is below ``min_step``.
+    max_drop, min_quality
+        Floor of the metric; None for none.
+    """
+
+    step: float = 0.1
+    min_step: float = 0.01
+    max_drop: float | None = None
+    min_quality: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_step <= self.step < 1:
+            raise UsageError(f"step {self.step}, min-step {self.min_step}: 0 < min-step <= step < 1")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One step of the loop; ``share`` of the cost was asked for, ``kept`` is the MAC that is left of the original's."""
+
+    number: int
+    share: float
+    kept: float
+    metric: float
+    status: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Iterated:
+    """What ``iterate`` returns.
+
+    Attributes
+    ----------
+    report
+        Of the model that was written against the original, as ``verify`` gives it, with quality.
+    reached
+        Whether the target was met (True where there was none).
+    """
+
+    iterations: tuple[Iteration, ...]
+    plan: Plan
+    report: Report
+    share: float
+    reached: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Loop:
+    """Everything that the steps share."""
+
+    original: pathlib.Path
+    folder: pathlib.Path
+    options: Options
+    pace: Pace
+    trainer: Trainer
+    measure: Callable[[pathlib.Path], Quality]
+    before: Quality
+    coupling: Coupling
+    whole: Mapping[str, float]
+    goals: Mapping[str, float]
+    say: Callable[[str], None]
+    progress: Progress
+    done: list[Iteration] = field(default_factory=list)
+
+
+def iterate(
+    model: str | pathlib.Path, out: str | pathlib.Path, trainer: Trainer, validation: str | pathlib.Path,
+    metric: str | Metric, options: Options, pace: Pace | None = None, *, reading: Reading | None = None,
+    folder: str | pathlib.Path | None = None, force: bool = False, restart: bool = False,
+    say: Callable[[str], None] = lambda line: None, progress: Progress = silent,
+) -> Iterated:  # fmt: skip
+    """Prune a little, train, check the metric, go on, until the target is met or the metric forbids more.
+
+    Parameters
+    ----------
+    validation, metric
+        What a step is judged by; the original's value is the reference of ``max_drop``.
+    options
+        The final targets (any of ``mac``, ``params``, ``bandwidth``), preset, criterion, calibration data and so on.
+        Without a target the pace's floor decides alone.
+    folder
+        Where every step's model, plan, metric and settings go (default: ``OUT.iterations``). A run that was killed goes
+        on from there.
+
+    Raises
+    ------
+    QualityError
+        Not even the smallest step keeps the metric; nothing was written.
+    UsageError
+        Options contradict each other, or the folder is of another run.
+    """
+    pace, reading = pace or Pace(), reading or Reading()
+    original, out = pathlib.Path(model), pathlib.Path(out)
+    chosen = find_metric(metric)
+    _check(options, pace, chosen, reading)
+    pipeline.check_output(original, out, force=force)
+    folder = pathlib.Path(folder) if folder is not None else out.with_name(f"{out.name}.iterations")
+    clock = Clock()
+    loaded = pipeline.load(original, options, clock)
+    before = loaded.cost.of(np.ones(loaded.coupling.n_classes, bool))
+    budget = Budget(options.targets, before, 0)
+
+    def measure(path: pathlib.Path) -> Quality:
+        return quality.evaluate(
+            path, validation, chosen, reference=original, reading=reading, provider=options.provider
+        )
+
+    goals = {kind: budget.limit(kind) for kind in options.targets}
+    goals = goals or {"mac": pipeline.floor(loaded, options)["mac"]}
+    key = _key(loaded.sha256, options, pace, chosen.name, validation, trainer, reading)
+    _open(folder, key, restart=restart)
+    loop = _Loop(
+        original,
+        folder,
+        options,
+        pace,
+        trainer,
+        measure,
+        measure(original),
+        loaded.coupling,
+        before,
+        goals,
+        say,
+        progress,
+    )
+    say(f"original: {chosen.name} {loop.before.value:.6g}")
+    return _run(loop, out)
+
+
+def _check(options: Options, pace: Pace, metric: Metric, reading: Reading) -> None:
+    if strange := sorted(options.targets.keys() - set(KINDS)):
+        raise UsageError(f"target {strange[0]}: iterate takes targets of {', '.join(KINDS)}")
+    if not options.targets and pace.max_drop is None and pace.min_quality is None:
+        raise UsageError("no target and no floor; give --target-mac, or --max-drop, or both")
+    metric.check(reading)
+
+
+def _key(*settings: Any) -> str:
+    """What a run is: a digest of the model, the data's name and all settings."""
+    told = [s.settings() if hasattr(s, "settings") else vars(s) if hasattr(s, "__dict__") else s for s in settings]
+    told = [asdict(s) if isinstance(s, Options | Pace) else s for s in told]
+    return hashlib.sha256(json.dumps(told, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def _open(folder: pathlib.Path, key: str, *, restart: bool) -> None:
+    """Begin a folder, or go on with one of the same run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = folder / STATE
+        known = json.loads(state.read_text()).get("key") if state.exists() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise FileError(f"{folder}: cannot be used ({error}); remove it, or name another with --state") from error
+    if known not in (None, key) and not restart:
+        raise UsageError(f"{folder}: is of a run with other settings; use --restart, or name another with --state")
+    if known is None and not restart and any(folder.iterdir()):
+        raise UsageError(f"{folder}: holds other files; name another folder with --state")
+    if known != key or restart:
+        for old in sorted(folder.glob("iteration-*/result.json")):  # results are what a run goes on from
+            old.unlink()
+        for old in sorted(folder.glob("iteration-*")):
+            _forget(old, FILES)
+        onnx_io.write(state, json.dumps({"schema": 1, "key": key}).encode())
+    for old in sorted(folder.glob("iteration-*")):
+        _forget(old, [left.name for name in FILES for left in old.glob(f".{name}.*")])
+
+
+FILES = ("result.json", "plan.json", "pruned.onnx", "trained.onnx", "unfinished-trained.onnx", "artifact", "training")
+"""What a step writes."""
+
+
+def _forget(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Remove what an earlier run's step wrote (or was writing when it was killed), and nothing else."""
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# -- the loop ------------------------------------------------------------------------------------------------------------
+
+
+def _run(loop: _Loop, out: pathlib.Path) -> Iterated:
+    share, step, best = 1.0, loop.pace.step, None
+    goal = max(value / loop.whole[kind] for kind, value in loop.goals.items())
+    number = 0
+    if loop.trainer.sparse and goal < 1:
+        first = _iteration(loop, number, 1.0, None, last=False)
+        best = number if first.status == "good" else None
+    while share > goal and step >= loop.pace.min_step:
+        number += 1
+        ask = max(goal, share - step)
+        found = _iteration(loop, number, ask, best, last=ask <= goal)
+        if found.status == "good":
+            share, best = ask, number
+        else:
+            step /= 2
+    taken = any(one.status == "good" and one.share < 1 for one in loop.done)
+    if taken and share > goal and loop.trainer.sparse:
+        number += 1
+        polished = _iteration(loop, number, share, best, last=True, prune=False)
+        sign = 1 if loop.before.higher_is_better else -1
+        best_metric = next(one.metric for one in loop.done if one.number == best)
+        best = number if polished.status == "good" and sign * polished.metric >= sign * best_metric else best
+    if goal < 1 and not taken:
+        raise QualityError(
+            f"not even {100 * step * 2:.3g} % could be taken without losing more {loop.before.metric} than allowed; "
+            "nothing was written. Train longer, or allow a larger drop"
+        )
+    return _finish(loop, out, best, share, reached=share <= goal or not loop.options.targets)
+
+
+def _finish(loop: _Loop, out: pathlib.Path, best: int | None, share: float, *, reached: bool) -> Iterated:
+    """Verify the last good model against the original once more, and write it."""
+    folder = _folder(loop, best or 0)
+    trained = folder / "trained.onnx" if best is not None else loop.original
+    plan = pipeline.read_plan(folder / "plan.json") if best is not None else _everything(loop)
+    report = pipeline.verify(loop.original, trained, plan, replace(loop.options, targets={}))
+    onnx_io.copy(trained, out, force=True)
+    after = loop.measure(out)
+    report = replace(report, quality=(loop.before, after), output={"path": str(out), "sha256": onnx_io.sha256(out)})
+    return Iterated(tuple(loop.done), plan, report, share, reached)
+
+
+def _everything(loop: _Loop) -> Plan:
+    return make_plan(loop.coupling, np.ones(loop.coupling.n_classes, bool))
+
+
+def _folder(loop: _Loop, number: int) -> pathlib.Path:
+    return loop.folder / f"iteration-{number:03}"
+
+
+def _iteration(
+    loop: _Loop, number: int, share: float, base: int | None, *, last: bool, prune: bool = True
+) -> Iteration:
+    """Prune the model of iteration ``base`` (None: the original) to a share of the original's cost, train, measure.
+
+    What an earlier run has done of it is not done again.
+    """
+    folder, begin = _folder(loop, number), time.monotonic()
+    folder.mkdir(exist_ok=True)
+    found = _known(folder)
+    if found is None:
+        try:
+            plan, kept = _pruned(loop, folder, share, base, prune=prune and share < 1)
+        except BudgetError:
+            found = Iteration(number, share, 0.0, float("nan"), "out of reach", time.monotonic() - begin)
+        else:
+            loop.say(f"iteration {number}: pruned to {100 * kept:.1f} % of MAC, training")
+            if not (folder / "trained.onnx").exists():
+                loop.trainer(folder / "artifact", folder / "trained.onnx", folder / "training", last=last)
+            pipeline.verify(
+                loop.original, folder / "trained.onnx", plan, replace(loop.options, targets={}, proof=False)
+            )
+            found = _judged(loop, number, share, kept, begin)
+        onnx_io.write(folder / "result.json", json.dumps(asdict(found)).encode())
+    loop.done.append(found)
+    loop.say(
+        f"iteration {number}: {100 * found.kept:.1f} % of MAC, {loop.before.metric} {found.metric:.6g}, {found.status}"
+    )
+    return found
+
+
+def _known(folder: pathlib.Path) -> Iteration | None:
+    path = folder / "result.json"
+    try:
+        return Iteration(**json.loads(path.read_text())) if path.exists() else None
+    except (OSError, ValueError, TypeError) as error:
+        raise FileError(f"{path}: cannot be read ({error}); remove it to repeat the iteration") from error
+
+
+def _judged(loop: _Loop, number: int, share: float, kept: float, begin: float) -> Iteration:
+    after = loop.measure(_folder(loop, number) / "trained.onnx")
+    pair = (loop.before, after)
+    bad = quality.guard(pair, loop.pace.max_drop, loop.pace.min_quality) if _has_floor(loop.pace) else None
+    return Iteration(number, share, kept, after.value, "too low" if bad else "good", round(time.monotonic() - begin, 1))
+
+
+def _has_floor(pace: Pace) -> bool:
+    return pace.max_drop is not None or pace.min_quality is not None
+
+
+def _pruned(loop: _Loop, folder: pathlib.Path, share: float, base: int | None, *, prune: bool) -> tuple[Plan, float]:
+    """Write model, plan against the original and artifact of a step; returns the plan and the share of MAC it keeps."""
+    earlier = None if base is None else _folder(loop, base)
+    model = loop.original if earlier is None else earlier / "trained.onnx"
+    first = _everything(loop) if earlier is None else pipeline.read_plan(earlier / "plan.json")
+    if not (folder / "plan.json").exists():
+        if prune:
+            targets = {k: max(goal, share * loop.whole[k]) for k, goal in loop.goals.items()}
+            result = pipeline.prune(model, replace(loop.options, targets=targets), loop.progress)
+            plan = result.plan if earlier is None else compose(first, result.plan, loop.coupling)
+            onnx_io.save(result.model, folder / "pruned.onnx")
+        else:
+            plan = first
+            onnx_io.copy(model, folder / "pruned.onnx", force=True)
+        onnx_io.write(folder / "plan.json", json.dumps(plan.to_json()).encode())
+    plan = pipeline.read_plan(folder / "plan.json")
+    if not (folder / "artifact" / "manifest.json").exists():
+        free = replace(loop.options, targets={}, proof=False)
+        export_artifact(loop.original, folder / "pruned.onnx", folder / "artifact", plan, options=free, force=True)
+    cost = read_artifact(folder / "artifact").manifest["cost"]["after"]
+    return plan, cost["mac"] / loop.whole["mac"]

@@ -1,0 +1,123 @@
+"""Trainers: what turns the student of an artifact into a trained model, as a step of the iterative loop."""
+
+from __future__ import annotations
+
+import pathlib
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from onnxprune.errors import UsageError
+from onnxprune.quality import Reading
+
+PLACES = ("artifact", "data", "out")
+
+
+class Trainer(Protocol):
+    """Trains the student in ``artifact`` and writes the trained model to ``out``.
+
+    ``folder`` is for state that outlives a kill; ``last`` says that no pruning follows, so that nothing is gained by making
+    channels weak.
+    """
+
+    def __call__(self, artifact: pathlib.Path, out: pathlib.Path, folder: pathlib.Path, *, last: bool) -> None:
+        """Train."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides about the result, as plain data: a loop with other settings is another loop."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it makes weak channels weaker when asked to, so that training before the first step is worthwhile."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the user's own with places ``{artifact}``, ``{data}`` and ``{out}``; no shell is involved.
+
+    Raises
+    ------
+    UsageError
+        The command lacks a place or is not found; or, when it runs, it fails or writes nothing.
+    """
+
+    line: str
+    data: str
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            words = shlex.split(self.line)
+        except ValueError as error:
+            raise UsageError(f"--trainer {self.line}: cannot be read as a command ({error})") from error
+        if lacking := [place for place in ("artifact", "out") if f"{{{place}}}" not in self.line]:
+            raise UsageError(
+                f"--trainer {self.line}: has no {{{lacking[0]}}}; write 'CMD {{artifact}} {{data}} {{out}}'"
+            )
+        if not shutil.which(words[0]):
+            raise UsageError(f"--trainer {self.line}: {words[0]} is no command that can be run")
+
+    def settings(self) -> dict[str, Any]:
+        """The command itself."""
+        return {"trainer": self.line}
+
+    def __call__(self, artifact: pathlib.Path, out: pathlib.Path, folder: pathlib.Path, *, last: bool) -> None:
+        """Run the command; its output goes where this program's does."""
+        partial = out.with_name(f"unfinished-{out.name}")
+        partial.unlink(missing_ok=True)
+        values = {"artifact": str(artifact), "data": self.data, "out": str(partial)}
+        words = [_filled(word, values) for word in shlex.split(self.line)]
+        code = subprocess.run(words, check=False).returncode
+        if code:
+            raise UsageError(
+                f"--trainer: {shlex.join(words)} ended with exit code {code}; mend it and run iterate again"
+            )
+        if not partial.is_file():
+            raise UsageError(f"--trainer: {shlex.join(words)} did not write {partial}")
+        partial.replace(out)
+
+
+def _filled(word: str, values: dict[str, str]) -> str:
+    for place in PLACES:
+        word = word.replace(f"{{{place}}}", values[place])
+    return word
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The trainer that comes with onnxprune (extra ``train``).
+
+    Parameters
+    ----------
+    recipe
+        A :class:`onnxprune.train.Recipe`, its ``sparsity`` for all but the last training.
+    final_epochs
+        Epochs of the last training; 0 for as many as of the others.
+    """
+
+    recipe: Any
+    data: str
+    reading: Reading
+    final_epochs: int = 0
+    moment: Callable[[Any], None] = lambda now: None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the recipe has the regularizer."""
+        return bool(self.recipe.sparsity)
+
+    def settings(self) -> dict[str, Any]:
+        """Recipe and reading."""
+        return {"recipe": vars(self.recipe), "final_epochs": self.final_epochs, "reading": vars(self.reading)}
+
+    def __call__(self, artifact: pathlib.Path, out: pathlib.Path, folder: pathlib.Path, *, last: bool) -> None:
+        """Train in this process."""
+        from onnxprune.train import finetune  # noqa: PLC0415 (needs torch)
+
+        recipe = (
+            replace(self.recipe, sparsity=0.0, epochs=self.final_epochs or self.recipe.epochs) if last else self.recipe
+        )
+        finetune(artifact, self.data, out, recipe, reading=self.reading, folder=folder, force=True, moment=self.moment)
