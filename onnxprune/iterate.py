@@ -237,7 +237,7 @@ def _run(loop: _Loop, out: pathlib.Path) -> Iterated:
         best = number if first.status == "good" else None
     while share > goal and step >= loop.pace.min_step:
         number += 1
-        ask = max(goal, share - step)
+        ask = share - step if share - step > goal + 1e-9 else goal
         found = _iteration(loop, number, ask, best, last=ask <= goal)
         if found.status == "good":
             share, best = ask, number
