@@ -102,6 +102,12 @@ def one(folder: pathlib.Path, out: pathlib.Path, name: str, share: float, start:
         calib = {"calib": calibration(scorer(folder), folder, name, None)} if start == "compensated" else {}
         result = onnxprune.prune(original, target_mac=share, preset=chosen.preset, **calib)
         export_artifact(original, result.model, artifact, result.plan)
+    if chosen.go_on is not None:
+        earlier = base.with_name(f"{base.name}-{seed}{chosen.go_on}.onnx")
+        again = base.with_name(f"{base.name}-{seed}{chosen.go_on}.artifact")
+        if not again.exists():
+            export_artifact(original, earlier, again, artifact / "plan.json")
+        artifact = again
     trained = base.with_name(f"{base.name}-{seed}{chosen.tag}.onnx")
     begin = time.perf_counter()
     finetune(artifact, data, trained, Recipe(**recipe), reading=reading, force=True, moment=chosen.show)
@@ -109,7 +115,8 @@ def one(folder: pathlib.Path, out: pathlib.Path, name: str, share: float, start:
     quality = {"original": score(folder, name, original), "pruned": score(folder, name, artifact / "student.onnx")}
     quality["trained"] = score(folder, name, trained)
     return {
-        "model": name, "share": share, "start": start, "preset": chosen.preset, "seed": seed, "recipe": recipe, **quality,
+        "model": name, "share": share, "start": start, "preset": chosen.preset, "seed": seed, "tag": chosen.tag,
+        "go_on": chosen.go_on, "recipe": recipe, **quality,
         "drop_pruned": quality["original"] - quality["pruned"], "drop": quality["original"] - quality["trained"],
         "minutes": minutes,
     }  # fmt: skip
@@ -126,6 +133,7 @@ def main() -> None:
     parser.add_argument("--preset", default="d", choices=list("abcd"))
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="change the recipe")
     parser.add_argument("--tag", default="", help="part of the trained model's name")
+    parser.add_argument("--go-on", metavar="TAG", help="train what an earlier run with this tag has trained once more")
     parser.add_argument("--every", type=int, default=200, help="steps between lines of progress")
     chosen = parser.parse_args()
     begin = time.perf_counter()
