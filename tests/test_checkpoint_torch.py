@@ -44,7 +44,7 @@ def network(stem: int, mixed: int, hidden: int) -> Any:
 def trained() -> dict[str, Any]:
     """Return the state dict of a network, its statistics far from their initial values."""
     torch.manual_seed(7)
-    state = network(16, 12, 10).state_dict()
+    state = network(16, 12, 60).state_dict()
     for name, tensor in state.items():
         if "bn" in name and tensor.dim():
             state[name] = torch.rand_like(tensor) + 0.5
@@ -86,7 +86,7 @@ def exported(state: dict[str, Any]) -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def pruned(trained: dict[str, Any]) -> onnxprune.Result:
     """Prune the exported network until every kind of layer is cut."""
-    return onnxprune.prune(exported(trained), target_mac=0.3)
+    return onnxprune.prune(exported(trained), target_params=0.3)
 
 
 def loaded(path: Path) -> Any:
