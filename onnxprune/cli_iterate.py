@@ -92,10 +92,15 @@ def iterate(model: str, out: str, **given: Any) -> None:
             onnx_io.write(given["plot"], _plot(done, kind))
         _tell(console, done, given, notes)
         if not done.reached:
+            kept = f"{100 * done.share:.1f} % is the least"
             raise BudgetError(
-                f"the target is out of reach of the floor: {100 * done.share:.1f} % is the least that keeps it; {out} holds "
-                "that model. Train longer, take smaller steps, or allow a larger drop", done.share,
-            )  # fmt: skip
+                f"the target is out of reach: {kept} that the preset and the limits leave; {out} holds that model. Another "
+                "--preset or fewer limits may help"
+                if done.spent
+                else f"the target is out of reach of the floor: {kept} that keeps it; {out} holds that model. Train longer, "
+                "take smaller steps, or allow a larger drop",
+                done.share,
+            )
 
 
 def _trainer(given: dict[str, Any], moment: Any) -> Trainer:

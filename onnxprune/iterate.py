@@ -6,9 +6,10 @@ function of those results, so that it ends where an undisturbed one does.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,25 +17,29 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import numpy_helper
 
-from onnxprune import onnx_io, pipeline, quality
+from onnxprune import onnx_io, parcels, pipeline, quality
 from onnxprune.artifact import export_artifact
 from onnxprune.budget import Budget
 from onnxprune.compose import compose
 from onnxprune.coupling import Coupling
-from onnxprune.errors import BudgetError, FileError, QualityError, UsageError
+from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, QualityError, UsageError
 from onnxprune.manifest import read_artifact
 from onnxprune.metrics import Metric
 from onnxprune.metrics import find as find_metric
 from onnxprune.options import Clock, Options, Progress, silent
 from onnxprune.passes.validate import Quality
 from onnxprune.plan import Plan, make_plan
+from onnxprune.protos import named_tensors
 from onnxprune.quality import Reading
 from onnxprune.report import Report
 from onnxprune.trainers import Trainer
 
 KINDS = ("mac", "params", "bandwidth")
 STATE = "state.json"
+OUT_OF_REACH = "out of reach"  # status of a step for which too few channels are left
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Pace:
     def __post_init__(self) -> None:
         if not 0 < self.min_step <= self.step < 1:
             raise UsageError(f"step {self.step}, min-step {self.min_step}: 0 < min-step <= step < 1")
+        if any(limit is not None and not math.isfinite(limit) for limit in (self.max_drop, self.min_quality)):
+            raise UsageError("max-drop and min-quality must be finite numbers")
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,11 @@ class Iterated:
     share: float
     reached: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def spent(self) -> bool:
+        """Whether the loop ended for want of channels alone: no step lost too much."""
+        return all(one.status in ("good", OUT_OF_REACH) for one in self.iterations)
 
 
 @dataclass
@@ -134,6 +146,8 @@ def iterate(
     ------
     QualityError
         Not even the smallest step keeps the metric; nothing was written.
+    BudgetError
+        Not even the smallest step is possible under the preset and the limits; nothing was written.
     UsageError
         Options contradict each other, or the folder is of another run.
     """
@@ -155,21 +169,16 @@ def iterate(
 
     goals = {kind: budget.limit(kind) for kind in options.targets}
     goals = goals or {"mac": pipeline.floor(loaded, options)["mac"]}
-    key = _key(loaded.sha256, options, pace, chosen.name, validation, trainer, reading)
-    _open(folder, key, restart=restart)
+    first = measure(original)
+    settings = {
+        **{"model": parcels.digest(original), "validation": parcels.contents(validation), "metric": chosen.name},
+        **{**vars(options), "calib": parcels.contents(options.calib)},
+        **{"sensitivity": parcels.contents(options.sensitivity), **vars(pace)},
+        **{"how outputs are read": vars(reading), **trainer.settings()},
+    }
+    _open(folder, settings, restart=restart)
     loop = _Loop(
-        original,
-        folder,
-        options,
-        pace,
-        trainer,
-        measure,
-        measure(original),
-        loaded.coupling,
-        before,
-        goals,
-        say,
-        progress,
+        original, folder, options, pace, trainer, measure, first, loaded.coupling, before, goals, say, progress
     )
     say(f"original: {chosen.name} {loop.before.value:.6g}")
     return _run(loop, out)
@@ -183,36 +192,38 @@ def _check(options: Options, pace: Pace, metric: Metric, reading: Reading) -> No
     metric.check(reading)
 
 
-def _key(*settings: Any) -> str:
-    """What a run is: a digest of the model, the data's name and all settings."""
-    told = [s.settings() if hasattr(s, "settings") else vars(s) if hasattr(s, "__dict__") else s for s in settings]
-    told = [asdict(s) if isinstance(s, Options | Pace) else s for s in told]
-    return hashlib.sha256(json.dumps(told, default=str, sort_keys=True).encode()).hexdigest()
-
-
-def _open(folder: pathlib.Path, key: str, *, restart: bool) -> None:
-    """Begin a folder, or go on with one of the same run."""
+def _open(folder: pathlib.Path, settings: Mapping[str, Any], *, restart: bool) -> None:
+    """Begin a folder, or go on with one of the same run; one that holds anything else is left as it is."""
+    told = json.loads(json.dumps(settings, default=str, sort_keys=True))
+    state = folder / STATE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state = folder / STATE
-        known = json.loads(state.read_text()).get("key") if state.exists() else None
+        for left in folder.glob(f".{STATE}.*"):  # of a run that was killed while it wrote
+            left.unlink()
+        known = json.loads(state.read_text()).get("settings", {}) if state.exists() else None
+        strange = known is None and any(folder.iterdir())
     except (OSError, ValueError, AttributeError) as error:
         raise FileError(f"{folder}: cannot be used ({error}); remove it, or name another with --state") from error
-    if known not in (None, key) and not restart:
-        raise UsageError(f"{folder}: is of a run with other settings; use --restart, or name another with --state")
-    if known is None and not restart and any(folder.iterdir()):
+    if strange:
         raise UsageError(f"{folder}: holds other files; name another folder with --state")
-    if known != key or restart:
-        for old in sorted(folder.glob("iteration-*/result.json")):  # results are what a run goes on from
-            old.unlink()
-        for old in sorted(folder.glob("iteration-*")):
-            _forget(old, FILES)
-        onnx_io.write(state, json.dumps({"schema": 1, "key": key}).encode())
-    for old in sorted(folder.glob("iteration-*")):
-        _forget(old, [left.name for name in FILES for left in old.glob(f".{name}.*")])
+    if known is not None and known != told and not restart:
+        other = [name for name in sorted({*known, *told}) if known.get(name) != told.get(name)]
+        raise UsageError(
+            f"{folder}: is of a run with other settings ({', '.join(other)}); use --restart to drop it, or name another "
+            "with --state"
+        )
+    steps = [path for path in sorted(folder.iterdir()) if re.fullmatch(r"iteration-\d{3,}", path.name)]
+    if known != told or restart:
+        for step in steps:  # results are what a run goes on from
+            (step / "result.json").unlink(missing_ok=True)
+        for step in steps:
+            _forget(step, FILES)
+        onnx_io.write(state, json.dumps({"schema": 1, "settings": told}, indent=1).encode())
+    for step in steps:
+        _forget(step, [left.name for name in FILES for left in step.glob(f".{name}.*")])
 
 
-FILES = ("result.json", "plan.json", "pruned.onnx", "trained.onnx", "unfinished-trained.onnx", "artifact", "training")
+FILES = ("result.json", "plan.json", "pruned.onnx", "trained.onnx", "artifact", "training")
 """What a step writes."""
 
 
@@ -230,7 +241,7 @@ def _forget(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 def _run(loop: _Loop, out: pathlib.Path) -> Iterated:
     share, step, best = 1.0, loop.pace.step, None
-    goal = max(value / loop.whole[kind] for kind, value in loop.goals.items())
+    goal = min(value / loop.whole[kind] for kind, value in loop.goals.items() if loop.whole[kind])  # all are met there
     number = 0
     if loop.trainer.sparse and goal < 1:
         first = _iteration(loop, number, 1.0, None, last=False)
@@ -250,6 +261,11 @@ def _run(loop: _Loop, out: pathlib.Path) -> Iterated:
         sign = 1 if loop.before.higher_is_better else -1
         best_metric = next(one.metric for one in loop.done if one.number == best)
         best = number if polished.status == "good" and sign * polished.metric >= sign * best_metric else best
+    if goal < 1 and not taken and all(one.status == OUT_OF_REACH for one in loop.done if one.share < 1):
+        raise BudgetError(
+            "target out of reach: not even the smallest step leaves a model that the preset and the limits allow; "
+            'see "onnxprune inspect" for what is frozen and why'
+        )
     if goal < 1 and not taken:
         raise QualityError(
             f"not even {100 * step * 2:.3g} % could be taken without losing more {loop.before.metric} than allowed; "
@@ -292,16 +308,14 @@ def _iteration(
         try:
             plan, kept = _pruned(loop, folder, share, base, prune=prune and share < 1)
         except BudgetError:
-            found = Iteration(number, share, 0.0, float("nan"), "out of reach", time.monotonic() - begin)
+            found = Iteration(number, share, 0.0, math.nan, OUT_OF_REACH, time.monotonic() - begin)
         else:
             loop.say(f"iteration {number}: pruned to {100 * kept:.1f} % of MAC, training")
             if not (folder / "trained.onnx").exists():
                 loop.trainer(folder / "artifact", folder / "trained.onnx", folder / "training", last=last)
-            pipeline.verify(
-                loop.original, folder / "trained.onnx", plan, replace(loop.options, targets={}, proof=False)
-            )
-            found = _judged(loop, number, share, kept, begin)
-        onnx_io.write(folder / "result.json", json.dumps(asdict(found)).encode())
+            found = _judged(loop, number, share, kept, plan, begin)
+        known = {**asdict(found), "metric": found.metric if math.isfinite(found.metric) else None}
+        onnx_io.write(folder / "result.json", json.dumps(known).encode())
     loop.done.append(found)
     loop.say(
         f"iteration {number}: {100 * found.kept:.1f} % of MAC, {loop.before.metric} {found.metric:.6g}, {found.status}"
@@ -312,20 +326,48 @@ def _iteration(
 def _known(folder: pathlib.Path) -> Iteration | None:
     path = folder / "result.json"
     try:
-        return Iteration(**json.loads(path.read_text())) if path.exists() else None
-    except (OSError, ValueError, TypeError) as error:
+        if not path.exists():
+            return None
+        known = json.loads(path.read_text())
+        return Iteration(**{**known, "metric": math.nan if known["metric"] is None else known["metric"]})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise FileError(f"{path}: cannot be read ({error}); remove it to repeat the iteration") from error
 
 
-def _judged(loop: _Loop, number: int, share: float, kept: float, begin: float) -> Iteration:
-    after = loop.measure(_folder(loop, number) / "trained.onnx")
-    pair = (loop.before, after)
-    bad = quality.guard(pair, loop.pace.max_drop, loop.pace.min_quality) if _has_floor(loop.pace) else None
+def _judged(loop: _Loop, number: int, share: float, kept: float, plan: Plan, begin: float) -> Iteration:
+    """Verify what training has left, and measure it; a network that no longer computes numbers is a bad step."""
+    folder = _folder(loop, number)
+    trained = folder / "trained.onnx"
+    try:
+        if _diverged(folder / "pruned.onnx", trained):
+            return Iteration(number, share, kept, math.nan, "diverged", round(time.monotonic() - begin, 1))
+        pipeline.verify(loop.original, trained, plan, replace(loop.options, targets={}, proof=False))
+    except (ProofError, ModelError) as error:
+        trained.unlink(missing_ok=True)  # or a trainer that has been mended would not be asked again
+        message = f"iteration {number}: the trainer's result cannot be used: {error}; mend it and run iterate again"
+        raise type(error)(message) from error
+    try:
+        after = loop.measure(trained)
+    except ModelError as error:
+        loop.say(f"iteration {number}: {error}")
+        return Iteration(number, share, kept, math.nan, "diverged", round(time.monotonic() - begin, 1))
+    bad = quality.guard((loop.before, after), loop.pace.max_drop, loop.pace.min_quality)
     return Iteration(number, share, kept, after.value, "too low" if bad else "good", round(time.monotonic() - begin, 1))
 
 
-def _has_floor(pace: Pace) -> bool:
-    return pace.max_drop is not None or pace.min_quality is not None
+def _diverged(pruned: pathlib.Path, trained: pathlib.Path) -> bool:
+    """Whether training has left NaN or infinity in a weight that was finite."""
+    before = {tensor.name: tensor for tensor in named_tensors(onnx_io.load(pruned).graph)}
+    return any(
+        tensor.name in before and not _finite(tensor) and _finite(before[tensor.name])
+        for tensor in named_tensors(onnx_io.load(trained).graph)
+    )
+
+
+def _finite(tensor: onnx.TensorProto) -> bool:
+    value = numpy_helper.to_array(tensor)
+    floats = value.dtype.kind in "fV"  # V: bfloat16
+    return not floats or bool(np.isfinite(value.astype(np.float64)).all())
 
 
 def _pruned(loop: _Loop, folder: pathlib.Path, share: float, base: int | None, *, prune: bool) -> tuple[Plan, float]:

@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx
 
 from onnxprune import onnx_io
@@ -50,6 +52,20 @@ def digest(path: str | os.PathLike) -> str:
     except OSError:
         return ""
     return total.hexdigest()
+
+
+def contents(value: Any) -> Any:
+    """What stands for a value in a digest or a comparison: files and folders by what they hold, arrays by their bytes.
+
+    Text that names no file stands for itself, and so do numbers.
+    """
+    if isinstance(value, str | os.PathLike):
+        return (digest(value) if str(value) else "") or str(value)
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(f"{value.dtype} {value.shape} ".encode() + value.tobytes()).hexdigest()
+    if isinstance(value, Mapping):
+        return {str(name): contents(each) for name, each in value.items()}
+    return [contents(each) for each in value] if isinstance(value, Sequence) else value
 
 
 def pack(path: str | pathlib.Path) -> Parcel:

@@ -6,14 +6,18 @@ import pathlib
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from onnxprune.errors import UsageError
+from onnxprune.errors import FileError, UsageError
+from onnxprune.parcels import contents, members
 from onnxprune.quality import Reading
 
 PLACES = ("artifact", "data", "out")
+STDERR = 2  # the process's own, whatever sys.stderr is
 
 
 class Trainer(Protocol):
@@ -61,23 +65,40 @@ class Command:
             raise UsageError(f"--trainer {self.line}: {words[0]} is no command that can be run")
 
     def settings(self) -> dict[str, Any]:
-        """The command itself."""
-        return {"trainer": self.line}
+        """The command itself, and what the data holds."""
+        return {"trainer": self.line, "data": contents(self.data), "sparse": self.sparse}
 
     def __call__(self, artifact: pathlib.Path, out: pathlib.Path, folder: pathlib.Path, *, last: bool) -> None:
-        """Run the command; its output goes where this program's does."""
-        partial = out.with_name(f"unfinished-{out.name}")
-        partial.unlink(missing_ok=True)
-        values = {"artifact": str(artifact), "data": self.data, "out": str(partial)}
-        words = [_filled(word, values) for word in shlex.split(self.line)]
-        code = subprocess.run(words, check=False).returncode
-        if code:
-            raise UsageError(
-                f"--trainer: {shlex.join(words)} ended with exit code {code}; mend it and run iterate again"
-            )
-        if not partial.is_file():
-            raise UsageError(f"--trainer: {shlex.join(words)} did not write {partial}")
-        partial.replace(out)
+        """Run the command; what it prints goes to stderr, for stdout is the report's.
+
+        It writes into a folder of this run alone: one that a killed run has left behind still writes into its own.
+        """
+        with _attempt(out) as partial:
+            values = {"artifact": str(artifact), "data": self.data, "out": str(partial)}
+            words = [_filled(word, values) for word in shlex.split(self.line)]
+            code = subprocess.run(words, check=False, stdout=STDERR).returncode
+            if code:
+                raise UsageError(
+                    f"--trainer: {shlex.join(words)} ended with exit code {code}; mend it and run iterate again"
+                )
+            if not partial.is_file():
+                raise UsageError(f"--trainer: {shlex.join(words)} did not write {partial}")
+            files = members(partial)
+            for name in sorted(files, key=lambda name: name == partial.name):  # the model last, after its external data
+                files[name].replace(out.parent / name)
+
+
+@contextmanager
+def _attempt(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file of the name of ``out`` in a folder of its own beside it, which is removed in the end."""
+    try:
+        folder = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise FileError(f"{out.parent}: cannot be written ({error.strerror})") from error
+    try:
+        yield pathlib.Path(folder) / out.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _filled(word: str, values: dict[str, str]) -> str:
@@ -104,14 +125,19 @@ class Reference:
     final_epochs: int = 0
     moment: Callable[[Any], None] = lambda now: None
 
+    def __post_init__(self) -> None:
+        if not pathlib.Path(self.data).exists():
+            raise FileError(f"{self.data}: no such file or folder")
+
     @property
     def sparse(self) -> bool:
         """Whether the recipe has the regularizer."""
         return bool(self.recipe.sparsity)
 
     def settings(self) -> dict[str, Any]:
-        """Recipe and reading."""
-        return {"recipe": vars(self.recipe), "final_epochs": self.final_epochs, "reading": vars(self.reading)}
+        """Recipe, reading, and what the data holds."""
+        how = {"recipe": vars(self.recipe), "final_epochs": self.final_epochs, "reading": vars(self.reading)}
+        return {**how, "data": contents(self.data)}
 
     def __call__(self, artifact: pathlib.Path, out: pathlib.Path, folder: pathlib.Path, *, last: bool) -> None:
         """Train in this process."""

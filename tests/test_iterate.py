@@ -200,6 +200,19 @@ def test_a_target_that_the_floor_forbids_ends_with_4_and_the_best_model(tmp_path
     assert out.exists()
 
 
+def test_a_target_below_what_the_limits_leave_is_told_of_as_such(tmp_path: pathlib.Path) -> None:
+    """Where channels run out the message speaks of limits, not of a floor; where no step is possible nothing is written."""
+    found = run("iterate", MODEL, tmp_path / "a.onnx", "--target-mac", 0.001, "--step", 0.5, "--min-step", 0.5,
+                "--data", EVAL, "--trainer", COPY)  # fmt: skip
+    assert found.exit_code == 4
+    assert "that the preset and the limits leave" in found.output
+    assert (tmp_path / "a.onnx").exists()
+    found = run("iterate", MODEL, tmp_path / "b.onnx", "--target-mac", 0.5, "--step", 0.5, "--min-step", 0.5,
+                "--max-prune", 0, "--data", EVAL, "--trainer", COPY)  # fmt: skip
+    assert found.exit_code == 4
+    assert not (tmp_path / "b.onnx").exists()
+
+
 @pytest.mark.parametrize("options", [[], ["--target-size", "4K"], ["--target-mac", 0.5, "--step", 0.001]],
                          ids=["no-target", "size", "step"])  # fmt: skip
 def test_settings_that_lead_nowhere_are_refused(tmp_path: pathlib.Path, options: list) -> None:
@@ -207,6 +220,146 @@ def test_settings_that_lead_nowhere_are_refused(tmp_path: pathlib.Path, options:
     found = run("iterate", MODEL, tmp_path / "out.onnx", "--data", EVAL, "--trainer", COPY, *options)
     assert found.exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+# -- what a run goes on from ---------------------------------------------------------------------------------------------
+
+
+def words(out: pathlib.Path, *more: object, trainer: str = COPY, val: object = EVAL) -> list[object]:
+    """One step, by a command of the user's own."""
+    return ["iterate", MODEL, out, "--target-mac", 0.8, "--step", 0.2, "--data", CALIB, "--val", val, "--trainer", trainer,
+            *more]  # fmt: skip
+
+
+def test_all_targets_are_met(tmp_path: pathlib.Path) -> None:
+    """The loop goes on until the last of several targets is met, not the first."""
+    options = Options(targets={"mac": 0.4, "params": 0.8})
+    done = iterate(MODEL, tmp_path / "out.onnx", Stub([]), EVAL, "top1", options, Pace(step=0.3))
+    assert done.reached
+    assert 0.35 < done.report.after["mac"] / done.report.before["mac"] <= 0.4
+    assert done.report.after["params"] / done.report.before["params"] <= 0.8
+
+
+@pytest.mark.parametrize("changed", ["validation", "training", "calibration"])
+def test_results_of_other_data_are_refused(tmp_path: pathlib.Path, changed: str) -> None:
+    """A data file that holds something else under its old name makes another run; the message names what differs."""
+    paths = {name: tmp_path / f"{name}.npz" for name in ("validation", "training", "calibration")}
+    for name, path in paths.items():
+        path.write_bytes((EVAL if name == "validation" else CALIB).read_bytes())
+    out = tmp_path / "out.onnx"
+    given = ["iterate", MODEL, out, "--target-mac", 0.8, "--step", 0.2, "--trainer", COPY, "--metric", "cosine"]
+    given += ["--data", paths["training"], "--val", paths["validation"], "--calib", paths["calibration"]]
+    ok(*given)
+    ok(*given, "--force")
+    arrays = dict(np.load(paths[changed]))
+    np.savez(paths[changed], **{name: array[:40] for name, array in arrays.items()})
+    refused = run(*given, "--force")
+    assert refused.exit_code == 2
+    assert {"validation": "(validation)", "training": "(data)", "calibration": "(calib)"}[changed] in refused.output
+    ok(*given, "--force", "--restart")
+
+
+def test_restart_removes_no_files_of_others(tmp_path: pathlib.Path) -> None:
+    """A folder that no run has made keeps its files, also with --restart, and also where they have our names."""
+    mine = tmp_path / "mine" / "iteration-000" / "artifact"
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("words")
+    found = run(*words(tmp_path / "out.onnx", "--state", tmp_path / "mine", "--restart"))
+    assert found.exit_code == 2
+    assert (mine / "thesis.txt").read_text() == "words"
+
+
+def test_a_kill_while_the_first_file_is_written_hinders_nothing(tmp_path: pathlib.Path) -> None:
+    """What a killed run has left of state.json is swept, and the loop begins."""
+    folder = tmp_path / "out.onnx.iterations"
+    folder.mkdir()
+    (folder / ".state.json.123.abc").write_text("{")
+    ok(*words(tmp_path / "out.onnx"))
+    assert not list(folder.glob(".*"))
+
+
+def test_wrong_data_leaves_no_folder(tmp_path: pathlib.Path) -> None:
+    """Data that cannot be read is told of before anything is written."""
+    assert run(*words(tmp_path / "out.onnx", val=tmp_path / "none.npz")).exit_code == 7
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        pytest.param('shutil.copy(sys.argv[1] + "/teacher.onnx", sys.argv[2])', 5, id="other-graph"),
+        pytest.param('open(sys.argv[2], "wb").write(b"junk")', 3, id="no-model"),
+    ],
+)
+def test_a_trainer_that_was_mended_is_asked_again(tmp_path: pathlib.Path, line: str, code: int) -> None:
+    """A result that cannot be used is not kept: the same command goes on once the trainer behind it is right."""
+    script = tmp_path / "trainer.py"
+    trainer = f"{sys.executable} {script} {{artifact}} {{out}}"
+    script.write_text(f"import shutil, sys\n{line}\n")
+    found = run(*words(tmp_path / "out.onnx", trainer=trainer))
+    assert found.exit_code == code
+    assert "iteration 1: the trainer's result cannot be used" in found.output
+    script.write_text('import shutil, sys\nshutil.copy(sys.argv[1] + "/student.onnx", sys.argv[2])\n')
+    ok(*words(tmp_path / "out.onnx", trainer=trainer))
+
+
+def test_training_that_diverges_is_a_bad_step(tmp_path: pathlib.Path) -> None:
+    """NaN in a weight takes the step back, with or without a floor; the loop does not end there."""
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        "import sys, numpy as np, onnx\n"
+        "model = onnx.load(sys.argv[1] + '/student.onnx')\n"
+        "if 'iteration-001' in sys.argv[1]:\n"
+        "    tensor = next(t for t in model.graph.initializer if t.data_type == 1)\n"
+        "    value = np.full(tensor.dims, np.nan, np.float32)\n"
+        "    tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))\n"
+        "onnx.save(model, sys.argv[2])\n"
+    )
+    report = tmp_path / "report.json"
+    found = ok(
+        *words(tmp_path / "out.onnx", "--json", report, trainer=f"{sys.executable} {script} {{artifact}} {{out}}")
+    )
+    steps = json.loads(report.read_text())["iterations"]
+    assert [(step["share"], step["status"]) for step in steps] == [(0.8, "diverged"), (0.9, "good"), (0.8, "good")]
+    assert steps[0]["metric"] is None
+    assert "diverged" in found.output
+    result = (tmp_path / "out.onnx.iterations" / "iteration-001" / "result.json").read_text()
+    assert "NaN" not in result
+
+
+def test_what_a_trainer_prints_is_no_part_of_the_report(tmp_path: pathlib.Path) -> None:
+    """With --json - stdout holds the report alone."""
+    trainer = 'sh -c "echo hello; cp {artifact}/student.onnx {out}"'
+    line = [sys.executable, "-m", "onnxprune", *map(str, words(tmp_path / "out.onnx", "--json", "-", trainer=trainer))]
+    found = subprocess.run(
+        line, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert json.loads(found.stdout)["reached"]
+    assert "hello" in found.stderr
+
+
+def test_a_trainer_that_outlives_its_loop_disturbs_no_other(tmp_path: pathlib.Path) -> None:
+    """Each training writes into a folder of its own, so that one left behind by a kill cannot write into the next."""
+    seen = []
+
+    def record(line: list[str], **_: Any) -> subprocess.CompletedProcess:
+        seen.append(pathlib.Path(line[-1]))
+        onnx_io.copy(MODEL, seen[-1])
+        return subprocess.CompletedProcess(line, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", record)
+        for _ in range(2):
+            Command("true {artifact} {out}", "a.npz")(tmp_path, tmp_path / "trained.onnx", tmp_path, last=False)
+    assert seen[0] != seen[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trained.onnx"]
+
+
+@pytest.mark.parametrize("limit", [{"max_drop": float("nan")}, {"min_quality": float("inf")}], ids=["nan", "infinite"])
+def test_floors_are_numbers(limit: dict) -> None:
+    """A floor that nothing could meet, or that means nothing, is refused."""
+    with pytest.raises(UsageError, match="finite"):
+        Pace(**limit)
 
 
 # -- kills ---------------------------------------------------------------------------------------------------------------
