@@ -403,6 +403,18 @@ def test_a_loop_that_is_killed_again_and_again_ends_the_same(tmp_path: pathlib.P
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
+def test_training_and_loop_survive_kills_at_random_points() -> None:
+    """After kill -9 at seeded random points finetune and iterate end with the weights and plans of undisturbed runs."""
+    pytest.importorskip("torch")
+    words = [sys.executable, str(ROOT / "tools" / "kill.py"), "--kills", "2", "--epochs", "24"]
+    found = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert {line.split()[0] for line in found.stdout.splitlines()} == {"finetune", "iterate"}
+
+
 # -- the reference trainer -----------------------------------------------------------------------------------------------
 
 
