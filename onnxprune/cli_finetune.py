@@ -53,6 +53,8 @@ def _recipe_options(command: Callable) -> Callable:
                          help="Mirror images; all: the eight symmetries of the square."),
             click.option("--noise", type=click.FloatRange(0), default=0.0, metavar="X",
                          help="Deviation of Gaussian noise added to inputs; without targets the clean input is one."),
+            click.option("--mixup", type=click.FloatRange(0), default=0.0, metavar="A",
+                         help="Blend inputs by shares from Beta(A, A), for learning from the teacher alone (--loss none)."),
             click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
                          show_default=True, help="Type of convolutions and products; weights stay float32."),
         )

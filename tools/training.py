@@ -61,7 +61,8 @@ def training_data(folder: pathlib.Path, name: str, out: pathlib.Path) -> Reading
         return Reading(scale=1 / 255, output="residual")
     if name.startswith("vdsr"):
         with np.load(folder / "bsd_train_patches.npz") as high, np.load(folder / "vdsr_train_patches.npz") as low:
-            np.savez(out, **{key: low["lr_patches"][:, None], "target": high["patches"][:1000, None]})
+            twice = low["scale"] == 2  # scored at this scale
+            np.savez(out, **{key: low["lr_patches"][twice, None], "target": high["patches"][:1000][twice, None]})
         return Reading(scale=1 / 255)
     with np.load(folder / "imdn_train_patches_x2.npz") as stored:
         low, high = (stored[k].transpose(0, 3, 1, 2) for k in ("lr_patches", "hr_patches"))

@@ -57,7 +57,7 @@ class Batches:
         self.recipe, self.rank, self.world = recipe, rank, world
         self.size = world if samples.fixed_batch == 1 else recipe.batch
         self.pools = _pools(samples)
-        if recipe.crop or recipe.pad or recipe.flip != "none" or recipe.noise:
+        if recipe.crop or recipe.pad or recipe.flip != "none" or recipe.noise or recipe.mixup:
             _check_pictures(self.pools, recipe)
         self.steps = len(self._chunks(0))
         if not self.steps:
@@ -101,6 +101,10 @@ class Batches:
         if recipe.noise:
             target = picture if target is None and label is None else target
             picture = picture + recipe.noise * chance.standard_normal(picture.shape, np.float32)
+        if recipe.mixup:
+            share = chance.beta(recipe.mixup, recipe.mixup, len(picture)).astype(picture.dtype)
+            share = share.reshape(-1, *[1] * (picture.ndim - 1))
+            picture = share * picture + (1 - share) * picture[::-1]
         mine = slice(self.rank, None, self.world)
         inputs = {**inputs, name: picture}
         return Batch(
@@ -137,7 +141,7 @@ def _check_pictures(pools: list[Pool], recipe: Recipe) -> None:
     for pool in pools:
         picture = next(iter(pool.inputs.values()))
         if len(pool.inputs) > 1 or picture.ndim != 4 or picture.dtype.kind != "f":
-            raise UsageError("crop, pad, flip and noise are for models with one input of pictures (N, C, H, W)")
+            raise UsageError("crop, pad, flip, noise and mixup are for models with one input of pictures (N, C, H, W)")
         height, width = picture.shape[2:]
         if recipe.crop > min(height, width) + 2 * recipe.pad:
             raise UsageError(f"crop {recipe.crop} is larger than a picture of {height}x{width}")

@@ -112,6 +112,10 @@ def losses_for(
         raise UsageError("loss cross-entropy needs labels, which the training data does not have")
     if task in _DISTANCES and not targets:
         raise UsageError(f"loss {task} needs targets, which the training data does not have")
+    if recipe.mixup and task != "none":
+        raise UsageError(
+            f"mixup blends inputs, whose {task} loss would compare them with what only one was; use --loss none"
+        )
     classes = classes or labels
     distill = recipe.distill
     if distill is None:

@@ -43,6 +43,9 @@ class Recipe:
     crop, pad, flip, noise
         Size of random crops (of the inputs); zeros around pictures before they are cropped back to their size; mirror
         images (``all``: the eight symmetries of the square); deviation of Gaussian noise added to the inputs.
+    mixup
+        Blend every input with another of its batch, by a share drawn from Beta(mixup, mixup); 0 for none. Only for learning
+        from the teacher alone, who says what a blend is (Zhang et al., 2018; Beyer et al., 2022).
     precision
         Type of convolutions and products; parameters and their updates stay float32.
     """
@@ -65,6 +68,7 @@ class Recipe:
     pad: int = 0
     flip: str = "none"
     noise: float = 0.0
+    mixup: float = 0.0
     precision: str = "float32"
     seed: int = 0
 
@@ -73,7 +77,18 @@ class Recipe:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(known)}")
-        for name in ("weight_decay", "clip", "sparsity", "features", "noise", "distill", "crop", "pad", "final_rate"):
+        for name in (
+            "weight_decay",
+            "clip",
+            "sparsity",
+            "features",
+            "noise",
+            "mixup",
+            "distill",
+            "crop",
+            "pad",
+            "final_rate",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UsageError(f"{name} {value}: must be a number from 0 up")

@@ -136,3 +136,13 @@ def test_what_does_not_fit_is_refused(recipe: Recipe, data: Samples, text: str) 
     """Options that the data cannot follow are refused before any step, with what to do."""
     with pytest.raises(UsageError, match=text):
         Batches(data, recipe)
+
+
+def test_mixup_blends_two_samples_of_the_batch() -> None:
+    """Every input lies between two samples of its batch, each elsewhere."""
+    (batch,) = Batches(samples(4, 2), Recipe(batch=4, mixup=1.0, loss="none")).epoch(0)
+    shares = batch.inputs["x"][:, 0, 0, 0] / 1000
+    assert ((shares >= 0) & (shares <= 3)).all()
+    assert not np.allclose(shares, np.rint(shares))
+    pixels = batch.inputs["x"] - 1000 * shares[:, None, None, None]
+    np.testing.assert_allclose(pixels, np.broadcast_to(np.arange(4.0).reshape(1, 1, 2, 2), (4, 1, 2, 2)), atol=2e-3)

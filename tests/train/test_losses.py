@@ -105,6 +105,7 @@ def test_charbonnier_is_smooth_at_zero() -> None:
         pytest.param(Recipe(loss="l1"), "needs targets", id="targets"),
         pytest.param(Recipe(loss="cross-entropy"), "needs labels", id="labels"),
         pytest.param(Recipe(distill=0.0), "nothing to learn from", id="nothing"),
+        pytest.param(Recipe(loss="cross-entropy", mixup=1.0), "needs labels|mixup", id="mixup"),
     ],
 )
 def test_losses_without_their_data_are_refused(recipe: Recipe, text: str) -> None:
