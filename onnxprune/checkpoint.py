@@ -165,12 +165,15 @@ def _notes(plan: Plan, given: Checkpoint, wanted: Mapping[str, Cut], out: pathli
     beside = list(checkpoint_files.tensors_beside(given))
     if beside:
         yield f"left as they are, and no longer fit what was sliced: {', '.join(beside)}; make them anew"
-    norms = list(_norms(given))
     lengths = {given.parameters[name].elements.shape[axis] for name, cut in wanted.items() for axis in cut.slices}
-    whole = [prefix for prefix, names in norms if given.parameters[names[0]].elements.shape[0] in lengths]
-    if whole and not any(name in wanted for _, names in norms for name in names):
+    whole = [
+        prefix
+        for prefix, names in _norms(given)
+        if names[0] not in wanted and given.parameters[names[0]].elements.shape[0] in lengths
+    ]
+    if whole:
         yield (
-            f"no batch normalization was sliced ({', '.join(whole)}); if the exporter folded them into convolutions, "
+            f"batch normalizations that stay whole: {', '.join(whole)}; where the exporter folded them into convolutions, "
             "map the convolutions' biases to their vectors"
         )
     uneven = list(_uneven(given, wanted))

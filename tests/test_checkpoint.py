@@ -240,7 +240,7 @@ def test_batch_normalization_stays_whole(tmp_path: Path, out: Path) -> None:
     with pytest.raises(ModelError, match=r"the vectors of bn would not stay equally long"):
         onnxprune.apply_checkpoint(plan_of({**SLICES, "bn.weight": {0: [0]}}), source, out)
     (note,) = onnxprune.apply_checkpoint(plan_of(SLICES), source, out).notes
-    assert "no batch normalization was sliced (bn)" in note
+    assert "batch normalizations that stay whole: bn;" in note
 
 
 def test_bias_unlike_its_weight_is_told(source: Path, out: Path) -> None:
