@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-import re
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -25,7 +22,7 @@ from onnxprune.artifact import export_artifact
 from onnxprune.budget import Budget
 from onnxprune.compose import compose
 from onnxprune.coupling import Coupling
-from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, QualityError, UsageError
+from onnxprune.errors import BudgetError, ModelError, ProofError, QualityError, UsageError
 from onnxprune.manifest import read_artifact
 from onnxprune.metrics import Metric
 from onnxprune.metrics import find as find_metric
@@ -35,11 +32,10 @@ from onnxprune.plan import Plan, make_plan
 from onnxprune.protos import named_tensors
 from onnxprune.quality import Reading
 from onnxprune.report import Report
+from onnxprune.steps import OUT_OF_REACH, Iteration, open_folder, recall, remember
 from onnxprune.trainers import Trainer
 
 KINDS = ("mac", "params", "bandwidth")
-STATE = "state.json"
-OUT_OF_REACH = "out of reach"  # status of a step for which too few channels are left
 
 
 @dataclass(frozen=True)
@@ -65,18 +61,6 @@ class Pace:
             raise UsageError(f"step {self.step}, min-step {self.min_step}: 0 < min-step <= step < 1")
         if any(limit is not None and not math.isfinite(limit) for limit in (self.max_drop, self.min_quality)):
             raise UsageError("max-drop and min-quality must be finite numbers")
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """One step of the loop; ``share`` of the cost was asked for, ``kept`` is the MAC that is left of the original's."""
-
-    number: int
-    share: float
-    kept: float
-    metric: float
-    status: str
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -176,7 +160,7 @@ def iterate(
         **{"sensitivity": parcels.contents(options.sensitivity), **vars(pace)},
         **{"how outputs are read": vars(reading), **trainer.settings()},
     }
-    _open(folder, settings, restart=restart)
+    open_folder(folder, settings, restart=restart)
     loop = _Loop(
         original, folder, options, pace, trainer, measure, first, loaded.coupling, before, goals, say, progress
     )
@@ -190,50 +174,6 @@ def _check(options: Options, pace: Pace, metric: Metric, reading: Reading) -> No
     if not options.targets and pace.max_drop is None and pace.min_quality is None:
         raise UsageError("no target and no floor; give --target-mac, or --max-drop, or both")
     metric.check(reading)
-
-
-def _open(folder: pathlib.Path, settings: Mapping[str, Any], *, restart: bool) -> None:
-    """Begin a folder, or go on with one of the same run; one that holds anything else is left as it is."""
-    told = json.loads(json.dumps(settings, default=str, sort_keys=True))
-    state = folder / STATE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f".{STATE}.*"):  # of a run that was killed while it wrote
-            left.unlink()
-        known = json.loads(state.read_text()).get("settings", {}) if state.exists() else None
-        strange = known is None and any(folder.iterdir())
-    except (OSError, ValueError, AttributeError) as error:
-        raise FileError(f"{folder}: cannot be used ({error}); remove it, or name another with --state") from error
-    if strange:
-        raise UsageError(f"{folder}: holds other files; name another folder with --state")
-    if known is not None and known != told and not restart:
-        other = [name for name in sorted({*known, *told}) if known.get(name) != told.get(name)]
-        raise UsageError(
-            f"{folder}: is of a run with other settings ({', '.join(other)}); use --restart to drop it, or name another "
-            "with --state"
-        )
-    steps = [path for path in sorted(folder.iterdir()) if re.fullmatch(r"iteration-\d{3,}", path.name)]
-    if known != told or restart:
-        for step in steps:  # results are what a run goes on from
-            (step / "result.json").unlink(missing_ok=True)
-        for step in steps:
-            _forget(step, FILES)
-        onnx_io.write(state, json.dumps({"schema": 1, "settings": told}, indent=1).encode())
-    for step in steps:
-        _forget(step, [left.name for name in FILES for left in step.glob(f".{name}.*")])
-
-
-FILES = ("result.json", "plan.json", "pruned.onnx", "trained.onnx", "artifact", "training")
-"""What a step writes."""
-
-
-def _forget(folder: pathlib.Path, names: Sequence[str]) -> None:
-    """Remove what an earlier run's step wrote (or was writing when it was killed), and nothing else."""
-    for path in (folder / name for name in names):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 # -- the loop ------------------------------------------------------------------------------------------------------------
@@ -303,7 +243,7 @@ def _iteration(
     """
     folder, begin = _folder(loop, number), time.monotonic()
     folder.mkdir(exist_ok=True)
-    found = _known(folder)
+    found = recall(folder)
     if found is None:
         try:
             plan, kept = _pruned(loop, folder, share, base, prune=prune and share < 1)
@@ -314,24 +254,12 @@ def _iteration(
             if not (folder / "trained.onnx").exists():
                 loop.trainer(folder / "artifact", folder / "trained.onnx", folder / "training", last=last)
             found = _judged(loop, number, share, kept, plan, begin)
-        known = {**asdict(found), "metric": found.metric if math.isfinite(found.metric) else None}
-        onnx_io.write(folder / "result.json", json.dumps(known).encode())
+        remember(folder, found)
     loop.done.append(found)
     loop.say(
         f"iteration {number}: {100 * found.kept:.1f} % of MAC, {loop.before.metric} {found.metric:.6g}, {found.status}"
     )
     return found
-
-
-def _known(folder: pathlib.Path) -> Iteration | None:
-    path = folder / "result.json"
-    try:
-        if not path.exists():
-            return None
-        known = json.loads(path.read_text())
-        return Iteration(**{**known, "metric": math.nan if known["metric"] is None else known["metric"]})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise FileError(f"{path}: cannot be read ({error}); remove it to repeat the iteration") from error
 
 
 def _judged(loop: _Loop, number: int, share: float, kept: float, plan: Plan, begin: float) -> Iteration:

@@ -25,7 +25,7 @@ LAYERS = (
         "artifact", "checkpoint",
     },
     {"train"},
-    {"iterate", "trainers"},
+    {"iterate", "steps", "trainers"},
     {
         "cli", "cli_artifact", "cli_checkpoint", "cli_finetune", "cli_iterate", "cli_sensitivity", "cli_sweep", "parameters",
         "__main__",
