@@ -9,7 +9,7 @@ from onnxprune.errors import UsageError
 
 LOSSES = ("auto", "l1", "l2", "charbonnier", "cross-entropy", "none")
 FLIPS = ("none", "horizontal", "all")
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS = ("adam", "soap", "sgd")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -22,7 +22,7 @@ class Recipe:
     epochs, batch
         Passes over the data, and samples of a step over all processes.
     optimizer, learning_rate, weight_decay
-        Adam, or SGD with momentum 0.9.
+        Adam; SOAP, which is Adam in a basis that fits each layer (:mod:`onnxprune.train.soap`); or SGD with momentum 0.9.
     warmup, final_rate
         Share of the steps in which the rate rises from 0; share of it that the cosine ends at.
     clip

@@ -19,6 +19,7 @@ from onnxprune.train.batches import Batch, Batches
 from onnxprune.train.losses import Losses
 from onnxprune.train.module import OnnxModule
 from onnxprune.train.recipe import Recipe
+from onnxprune.train.soap import Soap
 from onnxprune.train.sparsity import GroupLasso
 from onnxprune.train.state import Epoch
 from onnxprune.train.world import World
@@ -244,4 +245,5 @@ def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             student.parameters(), recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
         )
-    return torch.optim.AdamW(student.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+    kind = Soap if recipe.optimizer == "soap" else torch.optim.AdamW
+    return kind(student.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)

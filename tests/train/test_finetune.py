@@ -94,6 +94,7 @@ def test_metrics_are_written_per_epoch(pruned: pathlib.Path, tmp_path: pathlib.P
     "options",
     [
         pytest.param({"optimizer": "sgd", "weight_decay": 1e-4}, id="sgd"),
+        pytest.param({"optimizer": "soap"}, id="soap"),
         pytest.param({"ema": 0.9}, id="ema"),
         pytest.param({"precision": "bfloat16"}, id="bfloat16"),
         pytest.param({"features": 1.0, "distill": 0.0}, id="features"),
