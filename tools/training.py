@@ -2,7 +2,7 @@
 """Quality after training: prune, train on the shared train sets, score on the shared test sets.
 
     python tools/training.py ../shared/models RUN [RUN ...] --out FOLDER [--seeds 0 1 2] [--start compensated magnitude]
-        [--epochs N] [--preset d]
+        [--preset d] [--max-prune 0.5] [--set FIELD=JSON ...]
 
 A RUN is MODEL@SHARE, for example ``dncnn_s25@0.6``. Models, training artifacts and trained networks stay in FOLDER, and
 ``FOLDER/results.jsonl`` gets a line per run: drop at the start, drop after training, minutes. Nothing is selected by the
@@ -33,11 +33,11 @@ CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet20": {
-        "epochs": 20, "batch": 128, "learning_rate": 2e-3, "pad": 4, "flip": "horizontal", "distill": 1.0, "loss": "none",
+        "epochs": 36, "batch": 128, "learning_rate": 1e-3, "pad": 4, "flip": "horizontal", "features": 1.0, "ema": 0.99,
     },
     "dncnn": {
-        "epochs": 12, "batch": 16, "learning_rate": 1e-3, "crop": 48, "flip": "all", "noise": 25 / 255, "loss": "l2",
-        "distill": 1.0, "precision": "bfloat16",
+        "epochs": 16, "batch": 16, "learning_rate": 5e-4, "crop": 40, "flip": "all", "noise": 25 / 255, "loss": "none",
+        "precision": "bfloat16",
     },
     "vdsr": {
         "epochs": 36, "batch": 16, "optimizer": "soap", "learning_rate": 3e-4, "crop": 41, "flip": "all", "loss": "none",
@@ -112,7 +112,7 @@ def one(folder: pathlib.Path, out: pathlib.Path, name: str, share: float, start:
     artifact = base.with_name(f"{base.name}.artifact")
     if not artifact.exists():
         calib = {"calib": calibration(scorer(folder), folder, name, None)} if start == "compensated" else {}
-        result = onnxprune.prune(original, target_mac=share, preset=chosen.preset, **calib)
+        result = onnxprune.prune(original, target_mac=share, preset=chosen.preset, max_prune=chosen.max_prune, **calib)
         export_artifact(original, result.model, artifact, result.plan)
     if chosen.go_on is not None:
         earlier = base.with_name(f"{base.name}-{seed}{chosen.go_on}.onnx")
@@ -127,8 +127,8 @@ def one(folder: pathlib.Path, out: pathlib.Path, name: str, share: float, start:
     quality = {"original": score(folder, name, original), "pruned": score(folder, name, artifact / "student.onnx")}
     quality["trained"] = score(folder, name, trained)
     return {
-        "model": name, "share": share, "start": start, "preset": chosen.preset, "seed": seed, "tag": chosen.tag,
-        "go_on": chosen.go_on, "recipe": recipe, **quality,
+        "model": name, "share": share, "start": start, "preset": chosen.preset,
+        "max_prune": chosen.max_prune, "seed": seed, "tag": chosen.tag, "go_on": chosen.go_on, "recipe": recipe, **quality,
         "drop_pruned": quality["original"] - quality["pruned"], "drop": quality["original"] - quality["trained"],
         "minutes": minutes,
     }  # fmt: skip
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--start", nargs="+", choices=["compensated", "magnitude"], default=["compensated"])
     parser.add_argument("--preset", default="d", choices=list("abcd"))
+    parser.add_argument("--max-prune", type=float, default=1.0, help="largest share of a group's channels that may go")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="change the recipe")
     parser.add_argument("--tag", default="", help="part of the trained model's name")
     parser.add_argument("--go-on", metavar="TAG", help="train what an earlier run with this tag has trained once more")
