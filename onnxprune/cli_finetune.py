@@ -38,7 +38,7 @@ def _recipe_options(command: Callable) -> Callable:
             click.option("--sparsity", type=click.FloatRange(0), default=0.0, metavar="W",
                          help="Weight of the group lasso over channels."),
             click.option("--optimizer", type=click.Choice(["adam", "soap", "sgd"]), default="adam", show_default=True,
-                         help="soap: Adam in a basis that fits each layer; closer to the teacher in as many steps."),
+                         help="soap: Adam in a basis that fits each layer."),
             click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True),
             click.option("--weight-decay", type=click.FloatRange(0), default=0.0),
             click.option("--warmup", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True,

@@ -1,9 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., 2024, arXiv 2409.11321).
 
-A pruned network that starts from least squares has little left that a single weight can win: what remains lies along
-directions that mix the channels of a layer, with curvatures that differ by orders of magnitude. Adam scales each weight by
-itself and cannot see them; here each weight, taken as a matrix (outputs, rest), is turned into the eigenvectors of its
-gradients' second moments first.
+Adam scales each weight by itself and cannot see directions that mix the channels of a layer; here each weight, taken as a
+matrix (outputs, rest), is turned into the eigenvectors of its gradients' second moments first.
 """
 
 from __future__ import annotations
