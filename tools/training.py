@@ -7,8 +7,8 @@
 A RUN is MODEL@SHARE, for example ``dncnn_s25@0.6``. Models, training artifacts and trained networks stay in FOLDER, and
 ``FOLDER/results.jsonl`` gets a line per run: drop at the start, drop after training, minutes. No epoch is
 selected by the test data: the last weights are scored. The recipes of vdsr and imdn were chosen on patches held out of the
-train sets; those of dncnn and resnet20 by earlier test scores, and resnet20's as it stands here (one run of 36 epochs instead
-of two of 18) has not been run. A run that stops goes on where it was.
+train sets; those of dncnn and resnet20 by earlier test scores, and resnet20's as it stands here (one run of 36 epochs,
+not two of 18) has not been run. A run that stops goes on where it was.
 """
 
 from __future__ import annotations
