@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs": 36, "batch": 16, "optimizer": "soap", "learning_rate": 3e-4, "crop": 41, "flip": "all", "loss": "none",
     },
     "imdn": {
-        "epochs": 80, "batch": 8, "optimizer": "soap", "learning_rate": 3e-4, "crop": 32, "flip": "all", "loss": "none",
+        "epochs": 32, "batch": 8, "optimizer": "soap", "learning_rate": 3e-4, "crop": 32, "flip": "all", "loss": "none",
     },
 }  # fmt: skip
 
@@ -67,20 +67,51 @@ def training_data(folder: pathlib.Path, name: str, out: pathlib.Path) -> Reading
             rest = np.delete(high["patches"], twice, 0)
             np.savez(out, **{key: np.concatenate([low["lr_patches"][twice], blurred(rest)])[:, None]})
         return Reading(scale=1 / 255)
-    with np.load(folder / "imdn_train_patches_x2.npz") as stored:
-        low, high = (stored[k].transpose(0, 3, 1, 2) for k in ("lr_patches", "hr_patches"))
-        half = low.shape[-1]
-        quarters = [high[:, :, y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
-        np.savez(out, **{key: np.concatenate([low, *quarters])})  # the teacher knows what these should be
+    with np.load(folder / "imdn_train_patches_x2.npz") as colour, np.load(folder / "bsd_train_patches.npz") as grey:
+        low, high = colour["lr_patches"].transpose(0, 3, 1, 2), grey["patches"][:, None]
+        chance = np.random.default_rng(0)
+        coloured = [tinted(high, chance)[:, :, :48, :48], tinted(mosaic(halved(high)), chance)[:, :, 8:56, 8:56]]
+        patches = np.concatenate([low, mosaic(halved(low)), *coloured])
+        np.savez(out, **{key: patches[chance.permutation(len(patches))]})  # the teacher knows what these should be
     return Reading(scale=1 / 255)
+
+
+def halved(patches: np.ndarray) -> np.ndarray:
+    """Patches (uint8 [N, C, H, W]) at half their size: sharper, as inputs of super-resolution are."""
+    return resized(patches, [n // 2 for n in patches.shape[2:]])
+
+
+def resized(patches: np.ndarray, size: list[int]) -> np.ndarray:
+    """Patches (uint8 [N, C, H, W]) at another size, bicubic."""
+    x = functional.interpolate(torch.from_numpy(patches).float(), size, mode="bicubic", antialias=True)
+    return np.asarray(x.round().clamp(0, 255).byte())
+
+
+def mosaic(patches: np.ndarray) -> np.ndarray:
+    """Four patches each, two by two."""
+    n, channels, height, width = patches.shape
+    four = patches[: n // 4 * 4].reshape(-1, 2, 2, channels, height, width)
+    return four.transpose(0, 3, 1, 4, 2, 5).reshape(-1, channels, 2 * height, 2 * width)
+
+
+def tinted(grey: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+    """Grey patches (uint8 [N, 1, H, W]) in shades of a random colour: white at the light end or black at the dark one."""
+    gain = chance.uniform(0.5, 1, (len(grey), 3, 1, 1))
+    gain /= gain.max(1, keepdims=True)
+    return (grey * gain + 255 * (1 - gain) * chance.uniform(0, 1, gain.shape)).round().astype(np.uint8)
 
 
 def blurred(patches: np.ndarray) -> np.ndarray:
     """Patches (uint8 [N, H, W]) reduced to half their size and enlarged again, both bicubic."""
-    x = torch.from_numpy(patches[:, None]).float()
-    for size in ([n // 2 for n in x.shape[2:]], list(x.shape[2:])):
-        x = functional.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-    return x[:, 0].byte().numpy()
+    return resized(halved(patches[:, None]), list(patches.shape[1:]))[:, 0]
+
+
+def calibrating(folder: pathlib.Path, name: str, data: pathlib.Path) -> dict[str, np.ndarray]:
+    """Calibration data: what tools/quality.py takes, but for imdn, whose patches there are smooth, the training data."""
+    if not name.startswith("imdn"):
+        return calibration(scorer(folder), folder, name, None)
+    with np.load(data) as stored:
+        return {key: stored[key][:64].astype(np.float32) / 255 for key in stored.files}
 
 
 def input_name(folder: pathlib.Path, name: str) -> str:
@@ -114,7 +145,7 @@ def one(folder: pathlib.Path, out: pathlib.Path, name: str, share: float, start:
     reading = training_data(folder, name, data)
     artifact = base.with_name(f"{base.name}.artifact")
     if not artifact.exists():
-        calib = {"calib": calibration(scorer(folder), folder, name, None)} if start == "compensated" else {}
+        calib = {"calib": calibrating(folder, name, data)} if start == "compensated" else {}
         result = onnxprune.prune(original, target_mac=share, preset=chosen.preset, max_prune=chosen.max_prune, **calib)
         export_artifact(original, result.model, artifact, result.plan)
     if chosen.go_on is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -128,13 +129,12 @@ class Trainer:
         terms = self._terms(batch)
         loss = torch.stack([term.reshape(()) for term in terms.values()]).sum()
         if not torch.isfinite(loss):
-            raise ModelError(
-                f"the loss is {loss.item()} in epoch {self.progress.epoch + 1}; give a lower learning rate"
-            )
+            raise ModelError(self._diverged("loss", loss))
         self.scaler.scale(loss).backward()
-        if self.recipe.clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip or math.inf)
+        if not torch.isfinite(norm) and not self.scaler.is_enabled():  # the scaler skips such steps by itself
+            raise ModelError(self._diverged("gradient", norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -145,6 +145,9 @@ class Trainer:
         for name, value in {**terms, "loss": loss}.items():
             sums[name] = sums.get(name, 0.0) + value.item()
         return loss.item()
+
+    def _diverged(self, what: str, value: Tensor) -> str:
+        return f"the {what} is {value.item()} in epoch {self.progress.epoch + 1}; give a lower learning rate"
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         device, losses = self.world.device, self.losses

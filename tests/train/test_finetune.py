@@ -204,6 +204,7 @@ def test_two_processes_train_as_one(pruned: pathlib.Path, tmp_path: pathlib.Path
         pytest.param(["--val", EVAL], 2, "--metric", id="no-metric"),
         pytest.param(["--crop", 99], 2, "larger than a picture", id="crop"),
         pytest.param(["--learning-rate", 1e18, "--clip-gradient", 0], 3, "lower learning rate", id="diverges"),
+        pytest.param(["--distill", 1e36, "--optimizer", "soap"], 3, "gradient is inf", id="gradient-overflows"),
         pytest.param(["--val", "absent.npz", "--metric", "top1"], 7, "absent.npz", id="no-file"),
     ],
 )
