@@ -35,7 +35,8 @@ CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet20": {
-        "epochs": 24, "batch": 128, "learning_rate": 1e-3, "pad": 4, "flip": "horizontal", "features": 1.0, "ema": 0.99,
+        "epochs": 20, "batch": 128, "learning_rate": 1e-3, "pad": 4, "flip": "horizontal", "loss": "none", "features": 1.0,
+        "ema": 0.99,
     },
     "dncnn": {
         "epochs": 16, "batch": 16, "learning_rate": 5e-4, "crop": 40, "flip": "all", "noise": 25 / 255, "loss": "none",
