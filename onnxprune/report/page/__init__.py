@@ -1,0 +1,55 @@
+"""One self-contained HTML page from a JSON report: no network, light and dark, for screens and for paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from onnxprune.errors import UsageError
+from onnxprune.report.page import sections
+from onnxprune.report.page.markup import Html, join, tag
+
+__all__ = ["page", "require_library"]
+
+
+def require_library() -> None:
+    """Raise :class:`UsageError` where matplotlib, which draws the charts, is not installed."""
+    try:
+        import matplotlib.figure  # noqa: F401, PLC0415 (an extra)
+    except ImportError as error:
+        raise UsageError("an HTML report needs matplotlib: pip install 'onnxprune[report]'") from error
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Write the page of a report.
+
+    Parameters
+    ----------
+    report
+        What ``--json`` writes (``schema`` 1), of prune, apply, verify, iterate or inspect.
+
+    Raises
+    ------
+    UsageError
+        It is no such report, or matplotlib is missing.
+    """
+    require_library()
+    if not isinstance(report, Mapping) or report.get("schema") != 1 or "layers" not in report or "cost" not in report:
+        raise UsageError("this is no report of a model: give what prune, apply, verify, iterate or inspect --json wrote")
+    shown = [made for section in sections.SECTIONS if (made := section(report)) is not None]
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("meta", name="generator", content=f"onnxprune {report.get('onnxprune', '')}"),
+        tag("title", f"{sections.title(report)} - onnxprune"),
+        tag("style", _asset("page.css")),
+    )
+    body = tag("body", sections.header(report), tag("main", *shown), tag("script", _asset("page.js")))
+    return join(Html("<!doctype html>\n"), tag("html", head, body, lang="en")) + "\n"
+
+
+def _asset(name: str) -> Html:
+    return Html("\n" + resources.files(__name__).joinpath(name).read_text(encoding="utf-8"))

@@ -1,0 +1,318 @@
+"""The page's sections, from top to bottom; each is left out where the report has nothing for it."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from onnxprune.report.page import charts
+from onnxprune.report.page.markup import Html, figure, join, number, share, slug, tag, value_at
+from onnxprune.report.page.tables import Column, table
+from onnxprune.report.reasons import KINDS
+from onnxprune.report.text import NAMES
+
+Report = Mapping[str, Any]
+Section = Callable[[Report], Html | None]
+
+
+def pruned(report: Report) -> bool:
+    """Whether it tells of a pruned model, rather than of a model alone."""
+    return bool(report["output"].get("path")) or report["proof"] is not None
+
+
+def title(report: Report) -> str:
+    """Name of the file that the report is about."""
+    path = report["output"].get("path") or report["input"].get("path")
+    return pathlib.PurePath(path).name if path else "a model in memory"
+
+
+def header(report: Report) -> Html:
+    """Say what became of what, and the figures that matter most."""
+    origin = report["input"].get("path")
+    line = f"pruned from {pathlib.PurePath(origin).name}" if pruned(report) and origin else "as it is"
+    tiles = _tiles_after(report) if pruned(report) else _tiles_before(report)
+    notes = [tag("li", note) for note in report.get("notes", ())]
+    return tag(
+        "header",
+        tag("h1", title(report), " ", tag("small", line)),
+        tag("dl", *tiles, class_="tiles"),
+        tag("ul", *notes, class_="notes") if notes else None,
+    )
+
+
+def _tile(name: str, value: Html | str, more: Html | str | None = None, state: str | None = None) -> Html:
+    return tag("div", tag("dt", name), tag("dd", value), tag("dd", more, class_="more") if more else None, class_=state)
+
+
+def _tiles_after(report: Report) -> list[Html]:
+    tiles = [
+        _tile(NAMES[kind], figure(report, f"cost.ratio.{kind}", "share"), join(figure(report, f"cost.after.{kind}", "count"), " of ",
+              figure(report, f"cost.before.{kind}", "count")))
+        for kind in ("mac", "weights", "bandwidth")
+    ]  # fmt: skip
+    if report.get("latency"):
+        times = join(figure(report, "latency.after_ms", "ms"), " of ", figure(report, "latency.before_ms", "ms"))
+        tiles.append(_tile("latency", figure(report, "latency.after_ms / latency.before_ms", "share"), times))
+    if report.get("quality"):
+        quality = report["quality"]
+        more = join("before ", figure(report, "quality.before", "plain"), f", over {quality['samples']} samples")
+        tiles.append(_tile(quality["metric"], figure(report, "quality.after", "plain"), more))
+    proof = report.get("proof")
+    if proof is None:
+        tiles.append(_tile("proof", "none", "nothing was removed, or --no-proof"))
+    else:
+        more = join(figure(report, "proof.tensors", "channels"), " tensors equal the masked original, error ",
+                    figure(report, "proof.max_rel_err", "error"))  # fmt: skip
+        tiles.append(_tile("proof", "holds" if proof["ok"] else "FAILED", more, "good" if proof["ok"] else "bad"))
+    return tiles
+
+
+def _tiles_before(report: Report) -> list[Html]:
+    return [
+        _tile(NAMES[kind], figure(report, f"cost.before.{kind}", "count"),
+              join("can go down to ", figure(report, f"floor.{kind}", "share")))
+        for kind in ("mac", "weights", "params", "bandwidth")
+    ]  # fmt: skip
+
+
+def _section(name: str, *content: str | None, about: str | None = None) -> Html:
+    return tag("section", tag("h2", name), tag("p", about, class_="about") if about else None, *content, id=slug(name))
+
+
+def costs(report: Report) -> Html | None:
+    """Table 1 of the paper: costs and quality before and after."""
+    after = pruned(report)
+    heads = ("", "original", "pruned", "kept") if after else ("", "cost", "least that can stay")
+    rows = []
+    for kind, name in NAMES.items():
+        before = figure(report, f"cost.before.{kind}", "count")
+        last = (figure(report, f"cost.after.{kind}", "count"), figure(report, f"cost.ratio.{kind}", "share"))
+        rows.append((name, before, *(last if after else (figure(report, f"floor.{kind}", "share"),))))
+    if report.get("latency"):
+        both = (figure(report, f"latency.{when}_ms", "ms") for when in ("before", "after"))
+        rows.append(("latency", *both, figure(report, "latency.after_ms / latency.before_ms", "share")))
+    if report.get("quality"):
+        both = (figure(report, f"quality.{when}", "plain") for when in ("before", "after"))
+        rows.append((report["quality"]["metric"], *both, join("drop ", figure(report, "quality.drop", "plain"))))
+    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report["input_shapes"].items())
+    return _section(
+        "Cost",
+        tag("table", tag("thead", tag("tr", *(tag("th", head) for head in heads))), tag("tbody", *body), class_="plain"),
+        _targets(report),
+        about=f"For one inference with {shapes}. Bandwidth is weights plus activations, in elements.",
+    )
+
+
+def _targets(report: Report) -> Html | None:
+    lines = []
+    for index, target in enumerate(report.get("targets", ())):
+        kind = "share" if target["requested"] <= 1 else "count"
+        told = [figure(report, f"targets.{index}.{key}", kind) for key in ("requested", "achieved", "floor")]
+        lines.append(
+            tag("p", f"Asked for {NAMES.get(target['kind'], target['kind'])}: ", told[0], "; achieved ", told[1], "; floor ", told[2])
+        )
+    return join(*lines) if lines else None
+
+
+def architecture(report: Report) -> Html | None:
+    """Where the multiply-accumulates and the weights are."""
+    if not report["layers"]:
+        return None
+    return _section(
+        "Architecture",
+        charts.per_layer(report["layers"]),
+        about="MAC and weights of every layer. Where one is high and the other low, a weight costs many MAC.",
+    )
+
+
+def layers(report: Report) -> Html | None:
+    """Channels per layer, coloured by group."""
+    rows, after = report["layers"], pruned(report)
+    if not rows:
+        return None
+    widest = max(row["channels_before"] for row in rows)
+    hues = _hues(report)
+    columns = [
+        Column("#"), Column("layer", text=True), Column("op", text=True), Column("group", text=True),
+        Column("channels, original and kept" if after else "channels"), Column("MAC"), Column("kept") if after else None,
+        Column("weights"), Column("kept") if after else None,
+    ]  # fmt: skip
+    cells = []
+    for index, row in enumerate(rows):
+        at = f"layers.{index}"
+        counts = [figure(report, f"{at}.channels_before", "channels")]
+        counts += [Html(" &rarr; "), figure(report, f"{at}.channels_after", "channels")] if after else []
+        hue = hues.get(row.get("group"))
+        bar = tag(
+            "span", tag("i", style=f"width:{100 * row['channels_after'] / widest:.1f}%"),
+            class_="bar", style=f"--whole:{100 * row['channels_before'] / widest:.1f}%;{_hue(hue)}",
+        )  # fmt: skip
+        cells.append([
+            str(index + 1), row["node"], row["op"], _badge(row.get("group"), hue), join(bar, tag("span", *counts, class_="n")),
+            figure(report, f"{at}.mac_{'after' if after else 'before'}", "count"),
+            figure(report, f"{at}.mac_after / {at}.mac_before", "share") if after else None,
+            figure(report, f"{at}.weights_{'after' if after else 'before'}", "count"),
+            figure(report, f"{at}.weights_after / {at}.weights_before", "share") if after else None,
+        ])  # fmt: skip
+    about = "Layers of one colour share their output channels, which live or die together; grey ones cannot shrink."
+    return _section("Channels per layer", table(columns, cells, "layers"), about=about)
+
+
+def _hues(report: Report) -> dict[str | None, float]:
+    """A hue per group that can shrink; neighbours in the list differ most (golden angle)."""
+    free = [group["id"] for group in report["groups"] if group["frozen"] is None]
+    return {name: (index * 137.508) % 360 for index, name in enumerate(free)}
+
+
+def _hue(hue: float | None) -> str:
+    return "" if hue is None else f"--hue:{hue:.0f};--chroma:1"
+
+
+def _badge(group: str | None, hue: float | None) -> Html:
+    return tag("span", group or "", class_="group", style=_hue(hue)) if group else Html("")
+
+
+def groups(report: Report) -> Html | None:
+    """Groups with their scores and thresholds."""
+    rows = [(index, group) for index, group in enumerate(report["groups"]) if group["frozen"] is None]
+    if not rows:
+        return None
+    after, hues = pruned(report), _hues(report)
+    scored = any(any(group["score"]) for _, group in rows)
+    columns = [
+        Column("group", text=True), Column("what its channels are", text=True), Column("MAC of its layers"), Column("channels"),
+        Column("kept") if after else None, Column("threshold") if after and scored else None,
+        Column("scores, low to high", sort=False) if scored else None,
+    ]  # fmt: skip
+    cells = []
+    for index, group in rows:
+        at = f"groups.{index}"
+        members = "\n".join(f"{member['tensor']} axis {member['axis']}" for member in group["members"])
+        threshold = group.get("threshold")
+        cells.append([
+            _badge(group["id"], hues[group["id"]]), tag("span", group["name"], title=members),
+            figure(report, f"{at}.mac", "count"), figure(report, f"{at}.size", "channels"),
+            figure(report, f"{at}.kept", "channels") if after else None,
+            figure(report, f"{at}.threshold", "plain") if after and scored else None,
+            charts.histogram(group["score"], threshold) if scored else None,
+        ])  # fmt: skip
+    about = "Channels with the same place in a group are removed together."
+    if after and scored:
+        about += " The threshold is the lowest score that stayed; the line shows it among the scores."
+    return _section("Groups", table(columns, cells, "groups"), about=about)
+
+
+def price(report: Report) -> Html | None:
+    """What each target would cost, of a model that was only looked at."""
+    if not report.get("curve"):
+        return None
+    about = "What each target takes away: the share of all channels' scores that goes with the MAC. Where it bends, quality goes."
+    return _section("What a target costs", charts.price(report["curve"]), about=about)
+
+
+def frozen(report: Report) -> Html | None:
+    """What cannot be removed, and why."""
+    rows = report["frozen"]
+    if not rows:
+        return _section("Frozen", tag("p", "Nothing: every channel that an operator reads can go."))
+    columns = [Column("MAC"), Column("at", text=True), Column("op", text=True), Column("why", text=True), Column("layers")]
+    cells = [
+        [
+            figure(report, f"frozen.{index}.mac", "count"), row["node"] or row["tensor"] or next(iter(row["layers"]), ""), row["op"],
+            tag("span", row["reason"], title=KINDS.get(row["kind"])), tag("span", str(len(row["layers"])), title="\n".join(row["layers"])),
+        ]
+        for index, row in enumerate(rows)
+    ]  # fmt: skip
+    about = "What no rule can prove stays. MAC are those of the layers concerned; one layer may stand in several rows."
+    return _section("Frozen", table(columns, cells, "frozen"), about=about)
+
+
+def quality(report: Report) -> Html | None:
+    """Quality against budget, where a search or a loop tried several."""
+    probes, steps = report.get("probes") or (), report.get("iterations") or ()
+    if not (probes or steps) or not report.get("quality"):
+        return None
+    kind, rows = ("probes", probes) if probes else ("iterations", steps)
+    kept, value = ("achieved", "quality") if probes else ("kept", "metric")
+    good = [row["ok"] if probes else row["status"] == "good" for row in rows]
+    points = [(row[kept], row[value], ok) for row, ok in zip(rows, good, strict=True) if row[value] is not None]
+    metric = report["quality"]["metric"]
+    done = (report["cost"]["ratio"]["mac"], report["quality"]["after"])
+    columns = [Column("#"), Column("MAC kept"), Column(metric), Column("", text=True)]
+    cells = [
+        [
+            str(index + 1), figure(report, f"{kind}.{index}.{kept}", "share"), figure(report, f"{kind}.{index}.{value}", "plain"),
+            ("passes" if ok else "fails") if probes else row["status"],
+        ]
+        for index, (row, ok) in enumerate(zip(rows, good, strict=True))
+    ]  # fmt: skip
+    about = "Every budget that was tried." if probes else "Every step of the loop."
+    drawn = charts.quality(points, metric, report["quality"]["before"], done)
+    return _section("Quality against MAC", drawn, table(columns, cells, kind), about=about)
+
+
+def compensation(report: Report) -> Html | None:
+    """What least squares got back, layer by layer."""
+    fitted = report.get("compensation")
+    if not fitted or not fitted["layers"]:
+        return None
+    columns = [Column("layer", text=True), Column("error before"), Column("error after"), Column("note", text=True)]
+    cells = [
+        [
+            row["node"], figure(report, f"compensation.layers.{index}.error_before", "plain"),
+            figure(report, f"compensation.layers.{index}.error", "plain"), row.get("note") or "",
+        ]
+        for index, row in enumerate(fitted["layers"])
+    ]  # fmt: skip
+    about = "Squared error of each layer's output against the original's, before and after its weights were fitted by least squares"
+    held = fitted["held_back"]
+    return _section("Compensation", table(columns, cells, "compensation"), about=f"{about}{f', on {held} samples held back' if held else ''}.")
+
+
+def pictures(report: Report) -> Html | None:
+    """Crops of the outputs of original and pruned model, and their difference."""
+    rows: Sequence[Mapping[str, Any]] = report.get("pictures") or ()
+    if not rows:
+        return None
+    shown = []
+    for index, row in enumerate(rows):
+        at = f"pictures.{index}"
+        images = [
+            tag("figure", tag("img", src=row[key], alt=f"{name}, sample {row['sample']}", loading="lazy"), tag("figcaption", name))
+            for key, name in (
+                ("wanted", "wanted"), ("original", "original"), ("pruned", "pruned"), ("difference", f"difference x{row['gain']:g}"),
+            )
+            if row.get(key)
+        ]  # fmt: skip
+        where = f"sample {row['sample']}, at row {row['top']}, column {row['left']}; largest difference "
+        shown.append(tag("div", tag("p", where, figure(report, f"{at}.largest", "plain")), tag("div", *images, class_="strip")))
+    about = "Where each sample's outputs differ most: worse than these windows it does not get. Pictures are shown from 0 to the data range."
+    return _section("Pictures", *shown, about=about)
+
+
+def reproduce(report: Report) -> Html | None:
+    """The command, versions and hashes that the result follows from."""
+    facts: list[tuple[str, str]] = []
+    for name in ("input", "output"):
+        if report[name].get("path"):
+            facts.append((name, f"{report[name]['path']}  sha256 {report[name].get('sha256') or '?'}"))
+    facts += [(f"{name} version", text) for name, text in (report.get("environment") or {}).items()]
+    facts += [(f"option {name}", str(text)) for name, text in report["options"].items()]
+    facts += [(f"time of {name}", f"{seconds:.2f} s") for name, seconds in report["timings"].items()]
+    command = report.get("command")
+    rows = [tag("tr", tag("th", name, scope="row"), tag("td", text)) for name, text in facts]
+    return _section(
+        "Reproduce",
+        tag("pre", tag("code", command)) if command else None,
+        tag("details", tag("summary", "versions, hashes, options, times"), tag("table", tag("tbody", *rows), class_="plain facts")),
+    )
+
+
+SECTIONS: tuple[Section, ...] = (
+    costs, quality, pictures, architecture, layers, price, groups, frozen, compensation, reproduce,
+)  # fmt: skip
+"""In the page's order."""
+
+__all__ = ["SECTIONS", "header", "number", "share", "title", "value_at"]
