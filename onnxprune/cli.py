@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shlex
 import sys
 import tomllib
 import traceback
@@ -27,7 +28,7 @@ from onnxprune.passes.allocate import ALLOCATIONS
 from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
-from onnxprune.report import Report, text
+from onnxprune.report import Report, page, text
 from onnxprune.report.rows import with_error
 from onnxprune.search import Guard, prune_to_quality
 
@@ -50,7 +51,8 @@ class DefaultPrune(click.Group):
         """Run a command and leave with its exit code; a wrong option costs one line, not click's four."""
         given = list(sys.argv[1:] if args is None else args) or ["--help"]
         try:
-            code = super().main(given, prog_name or "onnxprune", standalone_mode=False)
+            line = shlex.join(["onnxprune", *given])
+            code = super().main(given, prog_name or "onnxprune", standalone_mode=False, obj=line)
         except (click.ClickException, OnnxPruneError) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
             _fail(error, {"json_path": _json_path(given), "verbose": False}, " ".join(message.split()))
@@ -84,6 +86,10 @@ def _print_options(command: Callable) -> Callable:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def _html_option(command: Callable) -> Callable:
+    return click.option("--html", "html_path", type=click.Path(), help="Write the report as one HTML page.")(command)
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> None:
@@ -219,6 +225,7 @@ def commands() -> None:
     "--latency/--no-latency", default=True, help="Measure both models in onnxruntime (default), or skip that."
 )
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
+@_html_option
 @_model_options
 def prune(model: str, out: str, **given: Any) -> None:
     """Prune IN.onnx until it meets a target, prove it, write OUT.onnx.
@@ -233,7 +240,7 @@ def prune(model: str, out: str, **given: Any) -> None:
                 "no target; give one, for example --target-mac 0.6, or a guard (--data, --metric, --max-drop) to search by"
             )
         reads = [model, *(path for path in (given["calib"], given["data"], given["sensitivity"]) if path)]
-        _check_writes(given, reads, [out, given["json_path"], given["plan_out"]])
+        _check_writes(given, reads, [out, given["json_path"], given["html_path"], given["plan_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         reading, notes = _reading(given), list[str]()
         quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"], reading)
@@ -255,6 +262,9 @@ def prune(model: str, out: str, **given: Any) -> None:
         done = pipeline.write(result, model, out, force=given["force"])
         done = replace(done, quality=measured, notes=(*done.notes, *notes))
         given["written"] = out
+        if given["html_path"] and given["data"]:
+            shown = quality.compare_pictures(model, result.model, given["data"], reading, options.provider)
+            done = replace(done, pictures=shown)
         plan = result.plan
         del result
         if given["plan_out"]:
@@ -269,6 +279,7 @@ def prune(model: str, out: str, **given: Any) -> None:
 @commands.command()
 @click.argument("model")
 @_select_options
+@_html_option
 @_model_options
 def inspect(model: str, **given: Any) -> None:
     """Show cost per layer, groups of channels, what is frozen and why, and the reachable floor.
@@ -277,7 +288,7 @@ def inspect(model: str, **given: Any) -> None:
     Example:  onnxprune inspect model.onnx
     """
     with _run(given) as (console, options):
-        _check_writes(given, [model], [given["json_path"]])
+        _check_writes(given, [model], [given["json_path"], given["html_path"]])
         _finish(console, pipeline.inspect(model, options), given, text.inspection)
 
 
@@ -287,6 +298,7 @@ def inspect(model: str, **given: Any) -> None:
 @click.option("--plan", required=True, type=click.Path(), help="Plan written by prune --plan-out.")
 @click.option("--proof/--no-proof", default=True, help="Prove the result (default), or skip that.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
+@_html_option
 @_model_options
 def apply(model: str, out: str, plan: str, **given: Any) -> None:
     """Replay a plan, on the same model or on a sibling with the same tensor names.
@@ -295,7 +307,7 @@ def apply(model: str, out: str, plan: str, **given: Any) -> None:
     Example:  onnxprune apply finetuned.onnx pruned.onnx --plan plan.json
     """
     with _run(given) as (console, options):
-        _check_writes(given, [model, plan], [out, given["json_path"]])
+        _check_writes(given, [model, plan], [out, given["json_path"], given["html_path"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         with _progress(given) as progress:
             result = pipeline.apply(model, plan, options, progress)
@@ -306,6 +318,7 @@ def apply(model: str, out: str, plan: str, **given: Any) -> None:
 @click.argument("original")
 @click.argument("pruned")
 @click.option("--plan", required=True, type=click.Path(), help="Plan that made PRUNED of ORIGINAL.")
+@_html_option
 @_model_options
 def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
     """Prove a pruned model again from files alone; weight values may differ.
@@ -314,7 +327,7 @@ def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
     Example:  onnxprune verify original.onnx trained.onnx --plan plan.json
     """
     with _run(given) as (console, options):
-        _check_writes(given, [original, pruned, plan], [given["json_path"]])
+        _check_writes(given, [original, pruned, plan], [given["json_path"], given["html_path"]])
         with _progress(given) as progress:
             done = pipeline.verify(original, pruned, plan, options, progress)
         _finish(console, done, given, partial(text.summary, verb="verified"))
@@ -385,6 +398,8 @@ def _check_writes(given: dict[str, Any], reads: Sequence[str], writes: Sequence[
     A report that would go over another file is not written at all, not even to tell of the refusal.
     """
     report_path = given["json_path"]
+    if given.get("html_path"):
+        page.require_library()
     taken = {pathlib.Path(path).resolve() for path in reads}
     targets = [path for path in writes if path and path != "-"]
     for path in sorted(targets, key=lambda path: path == report_path):
@@ -453,7 +468,9 @@ def _progress(given: Mapping[str, Any]) -> Iterator[RunProgress]:
 
 
 def _finish(console: Console, done: Report, given: Mapping[str, Any], show: Callable[..., None]) -> None:
-    _write_json(given["json_path"], done.to_json())
+    content = replace(done, command=_command()).to_json()
+    _write_json(given["json_path"], content)
+    _write_html(given["html_path"], content)
     if not given["quiet"]:
         with console.capture() as shown:
             show(console, done, verbose=given["verbose"])
@@ -469,6 +486,16 @@ def _write_json(path: str | None, content: Mapping[str, Any]) -> None:
             raise FileError(f"standard output: cannot be written ({error.strerror})") from error
     elif path:
         onnx_io.write(path, json.dumps(content, indent=1).encode())
+
+
+def _write_html(path: str | None, content: Mapping[str, Any]) -> None:
+    if path:
+        onnx_io.write(path, page.page(content).encode())
+
+
+def _command() -> str:
+    """The command line that is running, as a shell takes it."""
+    return str(click.get_current_context().find_root().obj)
 
 
 def _json_path(args: Sequence[str]) -> str | None:
@@ -493,5 +520,6 @@ import onnxprune.cli_artifact  # noqa: E402 (these add their commands to the gro
 import onnxprune.cli_checkpoint  # noqa: E402
 import onnxprune.cli_finetune  # noqa: E402
 import onnxprune.cli_iterate  # noqa: E402
+import onnxprune.cli_report  # noqa: E402
 import onnxprune.cli_sensitivity  # noqa: E402
 import onnxprune.cli_sweep  # noqa: E402, F401

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import click
@@ -59,6 +59,7 @@ COLUMNS = (("mac", "MAC 1e9", 1e9), ("weights", "weights 1e3", 1e3), ("activatio
 @click.option("--plan-out", type=click.Path(), help="Write the plan against the original as JSON.")
 @click.option("--plot", type=click.Path(), help="Draw quality against MAC: .svg, .png or .pdf.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
+@cli._html_option
 @cli._model_options  # fmt: skip
 def iterate(model: str, out: str, **given: Any) -> None:
     """Prune IN step by step, training after each, until it meets a target or the metric forbids more.
@@ -70,7 +71,7 @@ def iterate(model: str, out: str, **given: Any) -> None:
     """
     with cli._run(given) as (console, options):
         reads = [model, *(path for path in (given["data_path"], given["val"], given["calib"]) if path)]
-        cli._check_writes(given, reads, [out, given["json_path"], given["plan_out"], given["plot"]])
+        cli._check_writes(given, reads, [out, given["json_path"], given["html_path"], given["plan_out"], given["plot"]])
         kind = _plot_kind(given["plot"])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         pace = Pace(given["step"], given["min_step"], given["max_drop"], given["min_quality"])
@@ -138,12 +139,13 @@ def _plot(done: Iterated, kind: str) -> bytes:
 def _tell(console: Any, done: Iterated, given: dict[str, Any], notes: list[str]) -> None:
     steps = [{**asdict(one), "metric": one.metric if math.isfinite(one.metric) else None} for one in done.iterations]
     content = {
-        **done.report.to_json(),
+        **replace(done.report, command=cli._command()).to_json(),
         "iterations": steps,
         "reached": done.reached,
     }  # fmt: skip
     content["notes"] = [*content.get("notes", ()), *notes]
     cli._write_json(given["json_path"], content)
+    cli._write_html(given["html_path"], content)
     if given["quiet"] or given["json_path"] == "-":
         return
     for line in (*_table(done), *(f"note     {note}" for note in notes), f"written  {given['written']}"):

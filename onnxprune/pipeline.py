@@ -31,7 +31,7 @@ from onnxprune.passes.compensate import Compensation, Mode, compensate
 from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
 from onnxprune.passes.score import Scores, score
-from onnxprune.passes.select import PRESETS, lowest, select
+from onnxprune.passes.select import PRESETS, lowest, prices, select
 from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan
 from onnxprune.prepare import inline, prepare
 from onnxprune.report import Report
@@ -280,7 +280,9 @@ def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> 
         scores = score(loaded.coupling, options.criterion_for(False), options.seed)
     every = np.ones(loaded.coupling.n_classes, bool)
     described = describe(loaded, options, every, scores.value, clock)
-    return replace(described, notes=(*loaded.prepared, *loaded.coupling.model.notes))
+    found = prices(loaded.coupling, loaded.cost, scores, PRESETS[options.preset], options.limits)
+    curve = tuple(report.Price(mac, lost) for mac, lost in found)
+    return replace(described, curve=curve, notes=(*loaded.prepared, *loaded.coupling.model.notes))
 
 
 def apply(

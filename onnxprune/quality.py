@@ -19,6 +19,7 @@ from onnxprune.options import ModelLike, Progress, silent
 from onnxprune.passes import validate
 from onnxprune.passes.validate import Note, Quality
 from onnxprune.report import Report
+from onnxprune.report.pictures import Picture, worst
 
 
 def silent_note(text: str) -> None:
@@ -102,6 +103,20 @@ def compare_quality(
         progress=lambda done, total: progress("evaluate", done, total),
         note=note,
     )
+
+
+def compare_pictures(
+    before: ModelLike, after: ModelLike, data_path: str | os.PathLike, reading: Reading | None = None, provider: str = "",
+) -> tuple[Picture, ...]:  # fmt: skip
+    """Show where outputs differ most on the first :data:`LOOKED_AT` samples; nothing where they are no pictures."""
+    reading = reading or Reading()
+    first, second = _session(before, provider), _session(after, provider)
+    samples = _samples(data_path, first, reading, "all", silent_note)
+    return worst(validate.predictions(first, second, samples, reading, LOOKED_AT), reading.peak)
+
+
+LOOKED_AT = 64
+"""Samples among which the largest differences are looked for."""
 
 
 def _samples(

@@ -79,9 +79,7 @@ def select(
         Frozen layers and limits alone exceed the budget.
     """
     n = coupling.n_classes
-    groups = [group for group in coupling.groups if group.frozen is None]
-    order = effective_scores(cost, scores, groups, preset) if scores.order is None else scores.order
-    channels, ends, owner = _removal_order(coupling.bundles, order, preset, limits)
+    channels, ends, owner = _ordered(coupling, cost, scores, preset, limits)
 
     def kept(n_units: int) -> np.ndarray:
         keep = np.ones(n, bool)
@@ -104,6 +102,28 @@ def select(
         else:
             low = middle + 1
     return Selection(_restore(cost, kept(low), channels, ends, owner[:low], budget), floor)
+
+
+def prices(
+    coupling: Coupling, cost: Cost, scores: Scores, preset: Preset, limits: Limits, points: int = 32
+) -> list[tuple[float, float]]:
+    """What each budget takes: (share of MAC kept, share of the scores of all channels that may go which goes).
+
+    Channels go in the order of :func:`select`, without what that restores in the end; at most ``points`` steps, from
+    everything down to everything that may go.
+    """
+    channels, ends, owner = _ordered(coupling, cost, scores, preset, limits)
+    groups = [group for group in coupling.groups if group.frozen is None]
+    whole = scores.value[np.concatenate([np.zeros(0, np.int64), *(group.classes for group in groups)])].sum()
+    full = cost.total("mac", cost.counts(np.ones(coupling.n_classes, bool)))
+    if not len(owner) or not whole or not full:
+        return []
+    found = []
+    for number in np.unique(np.linspace(0, len(owner), points).round().astype(int)):
+        keep, gone = np.ones(coupling.n_classes, bool), channels[: ends[number]]
+        keep[gone] = False
+        found.append((float(cost.total("mac", cost.counts(keep)) / full), float(scores.value[gone].sum() / whole)))
+    return found
 
 
 def lowest(coupling: Coupling, cost: Cost, preset: Preset, limits: Limits) -> dict[str, float]:
@@ -140,6 +160,14 @@ def effective_scores(cost: Cost, scores: Scores, groups: list[Group], preset: Pr
         for group, ratio in zip(groups, efficiency, strict=True):
             order[group.classes] /= ratio**alpha
     return order
+
+
+def _ordered(
+    coupling: Coupling, cost: Cost, scores: Scores, preset: Preset, limits: Limits
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    groups = [group for group in coupling.groups if group.frozen is None]
+    order = effective_scores(cost, scores, groups, preset) if scores.order is None else scores.order
+    return _removal_order(coupling.bundles, order, preset, limits)
 
 
 def _mac_per_weight(cost: Cost, groups: list[Group]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +124,20 @@ def _judge(
         peak = view.data_range or _own_range(metric, low, high, note)
         per_sample = [metric.finish(errors, peak) for errors in per_sample]
     return [Quality(metric.name, float(one.mean()), done, metric.higher_is_better) for one in per_sample]
+
+
+def predictions(
+    before: Session, after: Session, samples: Samples, view: View, limit: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """What two models make of the first ``limit`` samples, one at a time, and what is wanted where the data has targets."""
+    name, left = _first_float(before, samples), limit
+    for k, count in enumerate(samples.counts):
+        if left <= 0:
+            return
+        first, second = (_predict(session, samples, k, name, view) for session in (before, after))
+        for row in range(min(count, left)):
+            yield first[row], second[row], samples.targets[k][row] if samples.targets is not None else None
+        left -= count
 
 
 def _own_range(metric: Metric, low: float, high: float, note: Note) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from onnxprune.passes.compensate import Compensation
 from onnxprune.passes.prove import Proof
 from onnxprune.passes.validate import Quality, drop
 from onnxprune.report.names import names
+from onnxprune.report.pictures import Picture
 from onnxprune.report.reasons import FrozenRow, frozen_rows
 
 __all__ = [
@@ -23,6 +26,16 @@ __all__ = [
 ]  # fmt: skip
 
 COST_KINDS = ("mac", "weights", "params", "activations", "bandwidth")
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    packages = ("onnx", "onnxruntime", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "system": platform.platform(),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +62,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One operator with multiply-accumulates; channels are those of its output."""
+    """One operator with multiply-accumulates; channels are those of its output, ``groups`` the groups they belong to."""
 
     node: str
     op: str
@@ -61,6 +74,15 @@ class Layer:
     mac_after: int
     weights_before: int
     weights_after: int
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a budget would take away: share of MAC kept, and the share of all scores that goes with the rest."""
+
+    mac: float
+    score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +94,8 @@ class GroupRow:
     mac
         Multiply-accumulates of all layers that the group takes part in, before pruning. Most layers take part in two
         groups, so the sum over groups exceeds the model's.
+    threshold
+        Lowest score of a channel that was kept where others were removed; None where none was, or nothing was scored.
     """
 
     id: str
@@ -82,6 +106,7 @@ class GroupRow:
     members: tuple[tuple[str, int], ...]
     frozen: str | None
     score: tuple[float, ...]
+    threshold: float | None
 
 
 @dataclass(frozen=True)
@@ -109,6 +134,10 @@ class Report:
     facts: Mapping[str, Any] = field(default_factory=dict)
     compensation: Compensation | None = None
     probes: tuple[Probe, ...] = ()
+    curve: tuple[Price, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    command: str = ""
+    environment: Mapping[str, str] = field(default_factory=environment)
 
     @property
     def target(self) -> Target | None:
@@ -143,6 +172,7 @@ class Report:
                     "members": [{"tensor": tensor, "axis": axis} for tensor, axis in g.members],
                     "frozen": g.frozen,
                     "score": list(g.score),
+                    "threshold": g.threshold,
                 }
                 for g in self.groups
             ],
@@ -156,6 +186,10 @@ class Report:
             "scoring": dict(self.facts),
             "compensation": self.compensation and compensation_json(self.compensation),
             "probes": [_fields(probe) for probe in self.probes],
+            "curve": [_fields(price) for price in self.curve],
+            "pictures": [picture.to_json() for picture in self.pictures],
+            "command": self.command,
+            "environment": dict(self.environment),
         }
 
 
@@ -194,10 +228,11 @@ def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
     counts = [cost.counts(mask) for mask in (every, keep)]
     macs = [cost.layers.values(c) for c in counts]
     weights = [cost.layer_weights.values(c) for c in counts]
-    rows = []
+    rows, owners = [], owners_of(coupling)
     for index, work in enumerate(cost.works):
         node = work.node
         axis = _channel_axis(coupling, node.op, node.key)
+        classes = np.concatenate([np.zeros(0, np.int64), *(atom.ravel() for atom in coupling.atoms(axis))])
         rows.append(
             Layer(
                 node=node.title,
@@ -210,6 +245,7 @@ def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
                 mac_after=round(macs[1][index]),
                 weights_before=round(weights[0][index]),
                 weights_after=round(weights[1][index]),
+                groups=tuple(dict.fromkeys(coupling.groups[owner].id for owner in owners[classes])),
             )
         )
     return tuple(rows)
@@ -218,6 +254,14 @@ def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
 def _channel_axis(coupling: Coupling, op: str, output: str) -> Axis:
     axes = coupling.axes(output)
     return axes[1] if op in ("Conv", "ConvTranspose", "FusedConv") else (axes[-1] if axes else ())
+
+
+def owners_of(coupling: Coupling) -> np.ndarray:
+    """Position in ``coupling.groups`` of each class's group, int64 of shape ``(n_classes,)``."""
+    owners = np.zeros(coupling.n_classes, np.int64)
+    for index, group in enumerate(coupling.groups):
+        owners[group.classes] = index
+    return owners
 
 
 def group_rows(cost: Cost, keep: np.ndarray, score: np.ndarray) -> tuple[GroupRow, ...]:
@@ -232,9 +276,14 @@ def group_rows(cost: Cost, keep: np.ndarray, score: np.ndarray) -> tuple[GroupRo
             members=group.members,
             frozen=group.frozen.text if group.frozen else None,
             score=tuple(round(float(value), 6) for value in score[group.classes]),
+            threshold=_threshold(keep[group.classes], score[group.classes]),
         )
         for group, named in zip(cost.coupling.groups, names(cost), strict=True)
     )
+
+
+def _threshold(keep: np.ndarray, score: np.ndarray) -> float | None:
+    return round(float(score[keep].min()), 6) if score.any() and keep.any() and not keep.all() else None
 
 
 def _quality(before: Quality, after: Quality) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def page(report: Mapping[str, Any]) -> str:
     """
     require_library()
     if not isinstance(report, Mapping) or report.get("schema") != 1 or "layers" not in report or "cost" not in report:
-        raise UsageError("this is no report of a model: give what prune, apply, verify, iterate or inspect --json wrote")
+        raise UsageError(
+            "this is no report of a model: give what prune, apply, verify, iterate or inspect --json wrote"
+        )
     shown = [made for section in sections.SECTIONS if (made := section(report)) is not None]
     head = tag(
         "head",

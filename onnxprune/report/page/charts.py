@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,14 +32,14 @@ def chart(draw: Draw, title: str, size: tuple[float, float] = (7.6, 2.6), rows: 
     import matplotlib as mpl  # noqa: PLC0415 (an extra)
     from matplotlib.figure import Figure  # noqa: PLC0415 (a figure of its own needs no screen, as pyplot might)
 
-    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    inks: Any = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with mpl.rc_context({**LOOK, **dict.fromkeys(inks, INK), "grid.color": LINE, "svg.hashsalt": title}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, 1, sharex=True)
         draw(axes)
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(written.getvalue(), title)
+    return Html(f'<div class="chart">{_inline(written.getvalue(), title)}</div>')
 
 
 def _inline(svg: str, title: str) -> Html:
@@ -69,7 +70,7 @@ def per_layer(rows: Sequence[Mapping[str, Any]]) -> Html:
             one.set_xlim(0.5, len(rows) + 0.5)
             one.set_ylim(0, None)
         axes[1].set_xlabel("layer, in the order of computation")
-        axes[0].legend(frameon=False, ncols=2, loc="upper right", borderaxespad=0)
+        axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
 
     return chart(draw, "MAC and weights per layer", (7.6, 3.6), rows=2)
 
@@ -116,12 +117,20 @@ def _engineering() -> Any:
 
 
 def histogram(scores: Sequence[float], threshold: float | None, bins: int = 24) -> Html:
-    """Distribution of a group's scores as a small picture: bars, and a line where the threshold is."""
+    """Distribution of a group's scores as a small picture: bars over the logarithm, and a line where the threshold is.
+
+    Scores within a group often span decades; what is below a millionth of the largest stands at the left edge.
+    """
     top = max(scores, default=0.0) or 1.0
+
+    def place(score: float) -> float:
+        lowest = max(min(scores), top * 1e-6) if min(scores) < top else top / 2
+        return min(1.0, max(0.0, math.log(max(score, lowest) / lowest) / math.log(top / lowest)))
+
     counts = [0] * bins
     for score in scores:
-        counts[min(bins - 1, int(bins * max(0.0, score) / top))] += 1
+        counts[min(bins - 1, int(bins * place(score)))] += 1
     most = max(counts)
     bars = "".join(f"M{4 * i} 20v-{18 * n / most:.1f}h3V20z" for i, n in enumerate(counts) if n)
-    line = "" if threshold is None else f'<path class="cut" d="M{4 * bins * max(0.0, threshold) / top:.1f} 0V20"/>'
+    line = "" if threshold is None else f'<path class="cut" d="M{4 * bins * place(threshold):.1f} 0V20"/>'
     return Html(f'<svg class="scores" viewBox="0 0 {4 * bins} 20" aria-hidden="true"><path d="{bars}"/>{line}</svg>')

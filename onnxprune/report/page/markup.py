@@ -18,7 +18,7 @@ class Html(str):
     __slots__ = ()
 
 
-def tag(name: str, *content: str | None, **attributes: Any) -> Html:
+def tag(name: str, /, *content: str | None, **attributes: Any) -> Html:
     """Make an element; attributes that are None or False are left out, ``class_`` is ``class``, ``_`` within is ``-``."""
     written = "".join(
         f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(str(value))}"')
@@ -50,7 +50,7 @@ FORMATS = {
 
 
 def value_at(report: Mapping[str, Any], path: str) -> Any:
-    """The value that a path (``layers.3.mac_after``) names in a report, or the quotient of two (``A / B``); None if there is none."""
+    """Find what a path (``layers.3.mac_after``) names, or the quotient of two (``A / B``); None where nothing is."""
     first, _, second = path.partition(" / ")
     if second:
         top, bottom = value_at(report, first), value_at(report, second)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from onnxprune.report.page import charts
-from onnxprune.report.page.markup import Html, figure, join, number, share, slug, tag, value_at
+from onnxprune.report.page.markup import Html, figure, join, slug, tag
 from onnxprune.report.page.tables import Column, table
 from onnxprune.report.reasons import KINDS
 from onnxprune.report.text import NAMES
@@ -46,11 +46,12 @@ def _tile(name: str, value: Html | str, more: Html | str | None = None, state: s
 
 
 def _tiles_after(report: Report) -> list[Html]:
-    tiles = [
-        _tile(NAMES[kind], figure(report, f"cost.ratio.{kind}", "share"), join(figure(report, f"cost.after.{kind}", "count"), " of ",
-              figure(report, f"cost.before.{kind}", "count")))
-        for kind in ("mac", "weights", "bandwidth")
-    ]  # fmt: skip
+    tiles = []
+    for kind in ("mac", "weights", "bandwidth"):
+        counts = [figure(report, f"cost.{when}.{kind}", "count") for when in ("after", "before")]
+        tiles.append(
+            _tile(NAMES[kind], figure(report, f"cost.ratio.{kind}", "share"), join(counts[0], " of ", counts[1]))
+        )
     if report.get("latency"):
         times = join(figure(report, "latency.after_ms", "ms"), " of ", figure(report, "latency.before_ms", "ms"))
         tiles.append(_tile("latency", figure(report, "latency.after_ms / latency.before_ms", "share"), times))
@@ -99,7 +100,9 @@ def costs(report: Report) -> Html | None:
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report["input_shapes"].items())
     return _section(
         "Cost",
-        tag("table", tag("thead", tag("tr", *(tag("th", head) for head in heads))), tag("tbody", *body), class_="plain"),
+        tag(
+            "table", tag("thead", tag("tr", *(tag("th", head) for head in heads))), tag("tbody", *body), class_="plain"
+        ),
         _targets(report),
         about=f"For one inference with {shapes}. Bandwidth is weights plus activations, in elements.",
     )
@@ -110,9 +113,8 @@ def _targets(report: Report) -> Html | None:
     for index, target in enumerate(report.get("targets", ())):
         kind = "share" if target["requested"] <= 1 else "count"
         told = [figure(report, f"targets.{index}.{key}", kind) for key in ("requested", "achieved", "floor")]
-        lines.append(
-            tag("p", f"Asked for {NAMES.get(target['kind'], target['kind'])}: ", told[0], "; achieved ", told[1], "; floor ", told[2])
-        )
+        asked = f"Asked for {NAMES.get(target['kind'], target['kind'])}: "
+        lines.append(tag("p", asked, told[0], "; achieved ", told[1], "; floor ", told[2]))
     return join(*lines) if lines else None
 
 
@@ -136,21 +138,22 @@ def layers(report: Report) -> Html | None:
     hues = _hues(report)
     columns = [
         Column("#"), Column("layer", text=True), Column("op", text=True), Column("group", text=True),
-        Column("channels, original and kept" if after else "channels"), Column("MAC"), Column("kept") if after else None,
-        Column("weights"), Column("kept") if after else None,
+        Column("channels, original and kept" if after else "channels"), Column("MAC"), Column("MAC kept") if after else None,
+        Column("weights"), Column("weights kept") if after else None,
     ]  # fmt: skip
     cells = []
     for index, row in enumerate(rows):
         at = f"layers.{index}"
         counts = [figure(report, f"{at}.channels_before", "channels")]
         counts += [Html(" &rarr; "), figure(report, f"{at}.channels_after", "channels")] if after else []
-        hue = hues.get(row.get("group"))
+        hue = next((hues[name] for name in row["groups"] if name in hues), None)
         bar = tag(
             "span", tag("i", style=f"width:{100 * row['channels_after'] / widest:.1f}%"),
             class_="bar", style=f"--whole:{100 * row['channels_before'] / widest:.1f}%;{_hue(hue)}",
         )  # fmt: skip
+        badges = join(*(_badge(name, hues.get(name)) for name in row["groups"]))
         cells.append([
-            str(index + 1), row["node"], row["op"], _badge(row.get("group"), hue), join(bar, tag("span", *counts, class_="n")),
+            str(index + 1), row["node"], row["op"], badges, join(bar, tag("span", *counts, class_="n")),
             figure(report, f"{at}.mac_{'after' if after else 'before'}", "count"),
             figure(report, f"{at}.mac_after / {at}.mac_before", "share") if after else None,
             figure(report, f"{at}.weights_{'after' if after else 'before'}", "count"),
@@ -160,7 +163,7 @@ def layers(report: Report) -> Html | None:
     return _section("Channels per layer", table(columns, cells, "layers"), about=about)
 
 
-def _hues(report: Report) -> dict[str | None, float]:
+def _hues(report: Report) -> dict[str, float]:
     """A hue per group that can shrink; neighbours in the list differ most (golden angle)."""
     free = [group["id"] for group in report["groups"] if group["frozen"] is None]
     return {name: (index * 137.508) % 360 for index, name in enumerate(free)}
@@ -170,8 +173,8 @@ def _hue(hue: float | None) -> str:
     return "" if hue is None else f"--hue:{hue:.0f};--chroma:1"
 
 
-def _badge(group: str | None, hue: float | None) -> Html:
-    return tag("span", group or "", class_="group", style=_hue(hue)) if group else Html("")
+def _badge(group: str, hue: float | None) -> Html:
+    return tag("span", group, class_="group", style=_hue(hue))
 
 
 def groups(report: Report) -> Html | None:
@@ -182,9 +185,10 @@ def groups(report: Report) -> Html | None:
     after, hues = pruned(report), _hues(report)
     scored = any(any(group["score"]) for _, group in rows)
     columns = [
-        Column("group", text=True), Column("what its channels are", text=True), Column("MAC of its layers"), Column("channels"),
+        Column("group", text=True), Column("what its channels are", text=True), Column("MAC of its layers"),
+        Column("channels"),
         Column("kept") if after else None, Column("threshold") if after and scored else None,
-        Column("scores, low to high", sort=False) if scored else None,
+        Column("scores (log)", sort=False) if scored else None,
     ]  # fmt: skip
     cells = []
     for index, group in rows:
@@ -208,7 +212,7 @@ def price(report: Report) -> Html | None:
     """What each target would cost, of a model that was only looked at."""
     if not report.get("curve"):
         return None
-    about = "What each target takes away: the share of all channels' scores that goes with the MAC. Where it bends, quality goes."
+    about = "What each target takes away: the share of all channels' scores that goes with the MAC."
     return _section("What a target costs", charts.price(report["curve"]), about=about)
 
 
@@ -217,14 +221,19 @@ def frozen(report: Report) -> Html | None:
     rows = report["frozen"]
     if not rows:
         return _section("Frozen", tag("p", "Nothing: every channel that an operator reads can go."))
-    columns = [Column("MAC"), Column("at", text=True), Column("op", text=True), Column("why", text=True), Column("layers")]
-    cells = [
-        [
-            figure(report, f"frozen.{index}.mac", "count"), row["node"] or row["tensor"] or next(iter(row["layers"]), ""), row["op"],
-            tag("span", row["reason"], title=KINDS.get(row["kind"])), tag("span", str(len(row["layers"])), title="\n".join(row["layers"])),
-        ]
-        for index, row in enumerate(rows)
-    ]  # fmt: skip
+    columns = [
+        Column("MAC"),
+        Column("at", text=True),
+        Column("op", text=True),
+        Column("why", text=True),
+        Column("layers"),
+    ]
+    cells = []
+    for index, row in enumerate(rows):
+        where = row["node"] or row["tensor"] or next(iter(row["layers"]), "")
+        why = tag("span", row["reason"], title=KINDS.get(row["kind"]))
+        count = tag("span", str(len(row["layers"])), title="\n".join(row["layers"]))
+        cells.append([figure(report, f"frozen.{index}.mac", "count"), where, row["op"], why, count])
     about = "What no rule can prove stays. MAC are those of the layers concerned; one layer may stand in several rows."
     return _section("Frozen", table(columns, cells, "frozen"), about=about)
 
@@ -243,7 +252,8 @@ def quality(report: Report) -> Html | None:
     columns = [Column("#"), Column("MAC kept"), Column(metric), Column("", text=True)]
     cells = [
         [
-            str(index + 1), figure(report, f"{kind}.{index}.{kept}", "share"), figure(report, f"{kind}.{index}.{value}", "plain"),
+            str(index + 1), figure(report, f"{kind}.{index}.{kept}", "share"),
+            figure(report, f"{kind}.{index}.{value}", "plain"),
             ("passes" if ok else "fails") if probes else row["status"],
         ]
         for index, (row, ok) in enumerate(zip(rows, good, strict=True))
@@ -266,9 +276,11 @@ def compensation(report: Report) -> Html | None:
         ]
         for index, row in enumerate(fitted["layers"])
     ]  # fmt: skip
-    about = "Squared error of each layer's output against the original's, before and after its weights were fitted by least squares"
-    held = fitted["held_back"]
-    return _section("Compensation", table(columns, cells, "compensation"), about=f"{about}{f', on {held} samples held back' if held else ''}.")
+    held = f", on {fitted['held_back']} samples held back" if fitted["held_back"] else ""
+    about = (
+        f"Squared error of each layer's output against the original's, before and after its weights were fitted{held}."
+    )
+    return _section("Compensation", table(columns, cells, "compensation"), about=about)
 
 
 def pictures(report: Report) -> Html | None:
@@ -278,35 +290,40 @@ def pictures(report: Report) -> Html | None:
         return None
     shown = []
     for index, row in enumerate(rows):
-        at = f"pictures.{index}"
+        titles = {
+            "wanted": "wanted",
+            "original": "original",
+            "pruned": "pruned",
+            "difference": f"difference x{row['gain']:g}",
+        }
         images = [
-            tag("figure", tag("img", src=row[key], alt=f"{name}, sample {row['sample']}", loading="lazy"), tag("figcaption", name))
-            for key, name in (
-                ("wanted", "wanted"), ("original", "original"), ("pruned", "pruned"), ("difference", f"difference x{row['gain']:g}"),
-            )
+            tag("figure", tag("img", src=row[key], alt=f"{name}, sample {row['sample']}"), tag("figcaption", name))
+            for key, name in titles.items()
             if row.get(key)
-        ]  # fmt: skip
-        where = f"sample {row['sample']}, at row {row['top']}, column {row['left']}; largest difference "
-        shown.append(tag("div", tag("p", where, figure(report, f"{at}.largest", "plain")), tag("div", *images, class_="strip")))
-    about = "Where each sample's outputs differ most: worse than these windows it does not get. Pictures are shown from 0 to the data range."
+        ]
+        figures = (figure(report, f"pictures.{index}.{key}", "plain") for key in ("rms", "largest"))
+        where = (
+            f"sample {row['sample']}, from row {row['top']}, column {row['left']}: root mean square of the difference "
+        )
+        shown += [tag("p", where, next(figures), ", largest ", next(figures)), tag("div", *images, class_="strip")]
+    about = "Where the outputs differ most on the first samples; each sample's worst window. White is the data range."
     return _section("Pictures", *shown, about=about)
 
 
 def reproduce(report: Report) -> Html | None:
     """The command, versions and hashes that the result follows from."""
-    facts: list[tuple[str, str]] = []
-    for name in ("input", "output"):
-        if report[name].get("path"):
-            facts.append((name, f"{report[name]['path']}  sha256 {report[name].get('sha256') or '?'}"))
+    files = [(name, report[name]) for name in ("input", "output") if report[name].get("path")]
+    facts = [(name, f"{file['path']}  sha256 {file.get('sha256') or '?'}") for name, file in files]
     facts += [(f"{name} version", text) for name, text in (report.get("environment") or {}).items()]
     facts += [(f"option {name}", str(text)) for name, text in report["options"].items()]
     facts += [(f"time of {name}", f"{seconds:.2f} s") for name, seconds in report["timings"].items()]
     command = report.get("command")
     rows = [tag("tr", tag("th", name, scope="row"), tag("td", text)) for name, text in facts]
+    facts_table = tag("table", tag("tbody", *rows), class_="plain facts")
     return _section(
         "Reproduce",
         tag("pre", tag("code", command)) if command else None,
-        tag("details", tag("summary", "versions, hashes, options, times"), tag("table", tag("tbody", *rows), class_="plain facts")),
+        tag("details", tag("summary", "versions, hashes, options, times"), facts_table),
     )
 
 
@@ -314,5 +331,3 @@ SECTIONS: tuple[Section, ...] = (
     costs, quality, pictures, architecture, layers, price, groups, frozen, compensation, reproduce,
 )  # fmt: skip
 """In the page's order."""
-
-__all__ = ["SECTIONS", "header", "number", "share", "title", "value_at"]

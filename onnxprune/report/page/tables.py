@@ -23,15 +23,17 @@ class Column:
 def table(columns: Sequence[Column | None], rows: Sequence[Sequence[str | None]], name: str) -> Html:
     """Make a table; columns that are None are left out, with their cells."""
     shown = [index for index, column in enumerate(columns) if column is not None]
-    heads = [columns[index] for index in shown]
-    head = tag(
-        "tr",
-        *(
-            tag("th", tag("button", c.title, type="button") if c.sort and c.title else c.title, class_="t" if c.text else None,
-                scope="col")
-            for c in heads if c is not None
-        ),
-    )  # fmt: skip
+    titles = [
+        tag(
+            "th",
+            tag("button", c.title, type="button") if c.sort and c.title else c.title,
+            class_=c.text and "t",
+            scope="col",
+        )
+        for c in columns
+        if c is not None
+    ]
+    head = tag("tr", *titles)
     body = [
         tag("tr", *(tag("td", row[index], class_="t" if columns[index].text else None) for index in shown))  # type: ignore[union-attr]
         for row in rows

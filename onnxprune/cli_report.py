@@ -1,0 +1,41 @@
+"""``onnxprune report``: the HTML page of a report that was written as JSON."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import click
+
+from onnxprune import cli
+from onnxprune.errors import FileError, UsageError
+
+
+@cli.commands.command("report")  # type: ignore[has-type]  # the two modules import each other
+@click.argument("source", metavar="R.json")
+@click.option("-o", "--out", type=click.Path(), help="The page; R.html beside R.json by default.")
+@click.option("--force", is_flag=True, help="Overwrite the page.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")
+def report(source: str, out: str | None, **given: Any) -> None:
+    """Make the HTML page of a report that --json wrote.
+
+    \b
+    Example:  onnxprune report r.json
+    """
+    given |= {"json_path": None, "html_path": out or str(pathlib.Path(source).with_suffix(".html"))}
+    target = pathlib.Path(given["html_path"])
+    with cli._run(given):
+        cli._check_writes(given, [source], [given["html_path"]])
+        if target.exists() and not given["force"]:
+            raise UsageError(f"{target}: exists; choose another name with -o or use --force to overwrite it")
+        try:
+            content = json.loads(pathlib.Path(source).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileError(f"{source}: cannot be read ({error.strerror})") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UsageError(f"{source}: is not valid JSON ({error})") from error
+        cli._write_html(given["html_path"], content)
+        if not given["quiet"]:
+            click.echo(f"written  {target}")

@@ -1,0 +1,289 @@
+"""The HTML page: every figure on it is the JSON's, nothing is fetched, and what users name things cannot break it."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import pathlib
+import re
+import sys
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import onnxprune
+from commands import ok, run
+from onnxprune.report.page import page
+
+FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures"
+DENOISE, DIGITS = FIXTURES / "denoise", FIXTURES / "digits"
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+class Parsed(html.parser.HTMLParser):
+    """A page: its figures (path, kind, value, text), its tags with their attributes, its text, and tags left open."""
+
+    EMPTY = ("br", "col", "img", "input", "meta", "path", "use", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.figures: list[list[str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note a tag, and a figure."""
+        given = dict(attrs)
+        self.tags.append((tag, given))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        if tag == "data":
+            self.figures.append([str(given["data-at"]), str(given["data-as"]), str(given["value"]), ""])
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note a tag that closes itself."""
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        """Check that tags nest."""
+        if tag not in self.EMPTY:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Collect text."""
+        self.text.append(data)
+        if self.open and self.open[-1] == "data":
+            self.figures[-1][3] += data
+
+
+def looked_up(report: Any, path: str) -> float:
+    """The value at a path of a JSON report, or the quotient of two."""
+    if " / " in path:
+        top, bottom = path.split(" / ")
+        return looked_up(report, top) / looked_up(report, bottom)
+    for key in path.split("."):
+        report = report[int(key)] if isinstance(report, list) else report[key]
+    return float(report)
+
+
+def read(text: str) -> tuple[float, float]:
+    """A written figure as a number, and half a unit of its last digit."""
+    found = re.fullmatch(r"(-?)([\d.]+)(?:e([+-]\d+))? ?([KMGT%]|ms|s)?", text)
+    assert found, text
+    sign, digits, exponent, unit = found.groups()
+    factor = 10.0 ** int(exponent or 0) * (0.01 if unit == "%" else UNITS.get(unit or "", 1))
+    decimals = len(digits.partition(".")[2])
+    return float(sign + digits) * factor, 0.5 * 10.0**-decimals * factor
+
+
+def mismatches(page_text: str, report: Any) -> list[str]:
+    """Figures of a page that are not the report's."""
+    wrong = []
+    for path, _, value, text in Parsed(page_text).figures:
+        wanted = looked_up(report, path)
+        shown, half = read(text)
+        if abs(shown - wanted) > half * 1.001 + 1e-12 or abs(float(value) - wanted) > 1e-8 * abs(wanted):
+            wrong.append(f"{path}: {text} ({value}), JSON {wanted}")
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """Page and JSON of the denoiser, cut in half and compared on pictures."""
+    folder = tmp_path_factory.mktemp("page")
+    ok(DENOISE / "denoise.onnx", folder / "out.onnx", "--target-mac", "0.5", "--calib", DENOISE / "denoise_calib.npz",
+       "--data", DENOISE / "denoise_eval.npz", "--metric", "psnr", "--html", folder / "r.html",
+       "--json", folder / "r.json")  # fmt: skip
+    return (folder / "r.html").read_text(), json.loads((folder / "r.json").read_text())
+
+
+def test_every_figure_is_the_jsons(pruned: tuple[str, dict[str, Any]]) -> None:
+    """Figures say where they stand in the JSON; there stands, but for the last digit shown, the same number."""
+    text, report = pruned
+    assert mismatches(text, report) == []
+    kinds = {path.split(".")[0] for path, *_ in Parsed(text).figures}
+    assert kinds >= {"cost", "latency", "quality", "proof", "targets", "layers", "groups", "compensation", "pictures"}
+    rows = [path for path, *_ in Parsed(text).figures if path.startswith("layers.")]
+    assert len(rows) == 6 * len(report["layers"])
+
+
+def test_a_wrong_figure_is_noticed(pruned: tuple[str, dict[str, Any]]) -> None:
+    """The check above fails where the page and the JSON part, in what is shown as well as in what is sorted by."""
+    text, report = pruned
+    assert mismatches(text, {**report, "quality": {**report["quality"], "after": 1.0}})
+    shown = next(text for path, _, _, text in Parsed(text).figures if path == "cost.after.mac")
+    assert mismatches(text.replace(f">{shown}<", ">1.23 G<"), report)
+
+
+def test_all_sections_are_there(pruned: tuple[str, dict[str, Any]]) -> None:
+    """The page of a pruned image model has every section, and the command that made it."""
+    text, report = pruned
+    names = {attributes.get("id") for tag, attributes in Parsed(text).tags if tag == "section"}
+    assert names >= {
+        "cost",
+        "pictures",
+        "architecture",
+        "channels-per-layer",
+        "groups",
+        "frozen",
+        "compensation",
+        "reproduce",
+    }
+    assert report["command"].startswith("onnxprune ")
+    shown = "".join(Parsed(text).text)
+    assert report["command"] in shown
+    for kind in ("input", "output"):
+        assert report[kind]["sha256"] in shown
+    assert report["environment"]["onnxruntime"] in shown
+
+
+def test_nothing_is_fetched(pruned: tuple[str, dict[str, Any]]) -> None:
+    """Nothing on the page points outside it."""
+    found = Parsed(pruned[0])
+    for tag, attributes in found.tags:
+        assert tag not in ("link", "iframe", "object", "base")
+        for name in ("src", "href", "xlink:href", "srcset"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,")), (tag, name)
+    assert not re.search(r"@import|url\((?!#)", pruned[0])
+    assert found.open == []
+
+
+def test_identifiers_are_unique(pruned: tuple[str, dict[str, Any]]) -> None:
+    """Several charts on one page do not repeat identifiers, and what they refer to is there."""
+    identifiers = [a["id"] for _, a in Parsed(pruned[0]).tags if a.get("id")]
+    assert len(identifiers) == len(set(identifiers))
+    referred = set(re.findall(r'(?:href="|url\()#([^")]+)', pruned[0]))
+    assert referred <= set(identifiers)
+
+
+def test_report_makes_the_same_page(pruned: tuple[str, dict[str, Any]], tmp_path: pathlib.Path) -> None:
+    """``onnxprune report`` makes of the JSON what ``--html`` wrote; a page that is there is not overwritten."""
+    (tmp_path / "r.json").write_text(json.dumps(pruned[1]))
+    assert ok("report", tmp_path / "r.json").output.startswith("written")
+    assert (tmp_path / "r.html").read_text() == pruned[0]
+    assert run("report", tmp_path / "r.json").exit_code == 2
+    ok("report", tmp_path / "r.json", "-o", tmp_path / "other.html", "-q")
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "text"),
+    [
+        pytest.param("{", 2, "not valid JSON", id="no-json"),
+        pytest.param("[]", 2, "no report", id="a-list"),
+        pytest.param('{"schema": 1, "error": {"code": 4, "message": "m"}}', 2, "no report", id="an-error"),
+        pytest.param(None, 7, "cannot be read", id="no-file"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path: pathlib.Path, content: str | None, code: int, text: str) -> None:
+    """Other files end in one message, and no page."""
+    if content is not None:
+        (tmp_path / "r.json").write_text(content)
+    found = run("report", tmp_path / "r.json")
+    assert found.exit_code == code
+    assert text in found.output
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_names_are_text(tmp_path: pathlib.Path) -> None:
+    """Names in a model cannot put markup on the page."""
+    name = '<script>alert("&")</script>'
+    rng = np.random.default_rng(0)
+    weights = [numpy_helper.from_array(rng.standard_normal((4, 4, 1, 1), np.float32), f"{name}{k}") for k in range(2)]
+    nodes = [
+        helper.make_node("Conv", ["x", f"{name}0"], ["h"], name=name),
+        helper.make_node("Conv", ["h", f"{name}1"], ["y"], name=f"$1_{name}"),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4, 8, 8]) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "m.onnx")
+    ok("inspect", tmp_path / "m.onnx", "--html", tmp_path / "r.html", "-q")
+    text = (tmp_path / "r.html").read_text()
+    assert sum(tag == "script" for tag, _ in Parsed(text).tags) == 1
+    assert name in "".join(Parsed(text).text)
+
+
+def test_inspection_shows_what_targets_cost(tmp_path: pathlib.Path) -> None:
+    """A model alone has no second column, but a curve from everything down to its floor."""
+    ok("inspect", DIGITS / "digits.onnx", "--html", tmp_path / "r.html", "--json", tmp_path / "r.json", "-q")
+    report, text = json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.html").read_text()
+    assert mismatches(text, report) == []
+    curve = report["curve"]
+    assert curve[0] == {"mac": 1.0, "score": 0.0}
+    assert curve[-1]["mac"] == pytest.approx(report["floor"]["mac"])
+    assert all(a["mac"] > b["mac"] and a["score"] < b["score"] for a, b in pairwise(curve))
+    assert "What a target costs" in text
+    assert "MAC kept" not in [t.strip() for t in Parsed(text).text]
+
+
+def test_the_search_is_drawn(tmp_path: pathlib.Path) -> None:
+    """Where a guard looked for the budget, the page has a point for every budget that it tried."""
+    ok(DIGITS / "digits.onnx", tmp_path / "o.onnx", "--data", DIGITS / "digits_eval.npz", "--metric", "top1",
+       "--max-drop", "0.02", "--html", tmp_path / "r.html", "--json", tmp_path / "r.json", "-q")  # fmt: skip
+    report, text = json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.html").read_text()
+    assert mismatches(text, report) == []
+    assert report["probes"]
+    tried = {path for path, *_ in Parsed(text).figures if path.startswith("probes.")}
+    assert len(tried) == 2 * len(report["probes"])
+
+
+@pytest.mark.parametrize("command", ["apply", "verify"])
+def test_plans_have_pages(command: str, tmp_path: pathlib.Path) -> None:
+    """What ``apply`` and ``verify`` say can be had as a page, too."""
+    plan, out = tmp_path / "plan.json", tmp_path / "o.onnx"
+    ok(DIGITS / "digits.onnx", out, "--target-mac", "0.5", "--plan-out", plan, "-q")
+    arguments = [
+        DIGITS / "digits.onnx",
+        out,
+        "--plan",
+        plan,
+        "--html",
+        tmp_path / "r.html",
+        "--json",
+        tmp_path / "r.json",
+    ]
+    ok(command, *arguments, *(["--force"] if command == "apply" else []))
+    assert mismatches((tmp_path / "r.html").read_text(), json.loads((tmp_path / "r.json").read_text())) == []
+
+
+def test_a_page_over_another_file_is_refused(tmp_path: pathlib.Path) -> None:
+    """The page may not go over the model, nor over the JSON."""
+    for taken in ("o.onnx", "r.json"):
+        found = run(DIGITS / "digits.onnx", tmp_path / "o.onnx", "--target-mac", "0.5", "--json", tmp_path / "r.json",
+                    "--html", tmp_path / taken)  # fmt: skip
+        assert found.exit_code == 2
+        assert "another file" in found.output
+        assert not (tmp_path / "o.onnx").exists()
+
+
+def test_without_matplotlib_it_says_so_first(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No work is done for a page that cannot be drawn."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = run(DIGITS / "digits.onnx", tmp_path / "o.onnx", "--target-mac", "0.5", "--html", tmp_path / "r.html")
+    assert found.exit_code == 2
+    assert "onnxprune[report]" in found.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thousand_layers_stay_small() -> None:
+    """The page of a model with 1,000 layers is under 3 MB."""
+    rng, nodes, weights = np.random.default_rng(0), [], []
+    for k in range(1000):
+        name = f"stages.{k // 50}.blocks.{k % 50}.conv"
+        weights.append(numpy_helper.from_array(rng.standard_normal((8, 8, 1, 1), np.float32), f"{name}.weight"))
+        nodes.append(
+            helper.make_node("Conv", [f"x{k}", f"{name}.weight"], [f"x{k + 1}"], name=f"/{name.replace('.', '/')}")
+        )
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 8, 8, 8]) for n in ("x0", "x1000")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    report = onnxprune.prune(model, target_mac=0.5, proof=False).report.to_json()
+    assert len(report["layers"]) == 1000
+    assert len(page(report).encode()) < 3e6
