@@ -106,7 +106,7 @@ class GroupRow:
     members: tuple[tuple[str, int], ...]
     frozen: str | None
     score: tuple[float, ...]
-    threshold: float | None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)

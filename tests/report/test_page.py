@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune
+from chains import chain
 from commands import ok, run
 from onnxprune.report.page import page
 
@@ -274,16 +275,6 @@ def test_without_matplotlib_it_says_so_first(tmp_path: pathlib.Path, monkeypatch
 
 def test_a_thousand_layers_stay_small() -> None:
     """The page of a model with 1,000 layers is under 3 MB."""
-    rng, nodes, weights = np.random.default_rng(0), [], []
-    for k in range(1000):
-        name = f"stages.{k // 50}.blocks.{k % 50}.conv"
-        weights.append(numpy_helper.from_array(rng.standard_normal((8, 8, 1, 1), np.float32), f"{name}.weight"))
-        nodes.append(
-            helper.make_node("Conv", [f"x{k}", f"{name}.weight"], [f"x{k + 1}"], name=f"/{name.replace('.', '/')}")
-        )
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 8, 8, 8]) for n in ("x0", "x1000")]
-    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    report = onnxprune.prune(model, target_mac=0.5, proof=False).report.to_json()
+    report = onnxprune.prune(chain(1000), target_mac=0.5, proof=False).report.to_json()
     assert len(report["layers"]) == 1000
     assert len(page(report).encode()) < 3e6
