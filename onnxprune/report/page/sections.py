@@ -18,7 +18,8 @@ Section = Callable[[Report], Html | None]
 
 def pruned(report: Report) -> bool:
     """Whether it tells of a pruned model, rather than of a model alone."""
-    return bool(report["output"].get("path")) or report["proof"] is not None
+    cost = report["cost"]
+    return bool(report["output"].get("path")) or report["proof"] is not None or cost["after"] != cost["before"]
 
 
 def title(report: Report) -> str:
