@@ -279,6 +279,7 @@ def prune(model: str, out: str, **given: Any) -> None:
 @commands.command()
 @click.argument("model")
 @_select_options
+@click.option("--tree", is_flag=True, help="Show the tree of modules and what each costs.")
 @_html_option
 @_model_options
 def inspect(model: str, **given: Any) -> None:
@@ -289,7 +290,7 @@ def inspect(model: str, **given: Any) -> None:
     """
     with _run(given) as (console, options):
         _check_writes(given, [model], [given["json_path"], given["html_path"]])
-        _finish(console, pipeline.inspect(model, options), given, text.inspection)
+        _finish(console, pipeline.inspect(model, options), given, text.tree if given["tree"] else text.inspection)
 
 
 @commands.command()
@@ -472,10 +473,14 @@ def _finish(console: Console, done: Report, given: Mapping[str, Any], show: Call
     _write_json(given["json_path"], content)
     _write_html(given["html_path"], content)
     if not given["quiet"]:
-        with console.capture() as shown:
-            show(console, done, verbose=given["verbose"])
-        lines = (line.rstrip() for line in shown.get().splitlines())
-        click.echo("\n".join(lines), err=console.stderr, color=console.is_terminal or None)
+        _print(console, show, done, given)
+
+
+def _print(console: Console, show: Callable[..., None], what: Any, given: Mapping[str, Any]) -> None:
+    with console.capture() as shown:
+        show(console, what, verbose=given["verbose"])
+    lines = (line.rstrip() for line in shown.get().splitlines())
+    click.echo("\n".join(lines), err=console.stderr, color=console.is_terminal or None)
 
 
 def _write_json(path: str | None, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""``onnxprune report``: the HTML page of a report that was written as JSON."""
+"""``onnxprune report`` and ``onnxprune diff``: the page of a report written as JSON; what differs between two models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from onnxprune import cli
+from onnxprune.difference import difference
 from onnxprune.errors import FileError, UsageError
+from onnxprune.report import text
 
 
 @cli.commands.command("report")  # type: ignore[has-type]  # the two modules import each other
@@ -39,3 +41,21 @@ def report(source: str, out: str | None, **given: Any) -> None:
         cli._write_html(given["html_path"], content)
         if not given["quiet"]:
             click.echo(f"written  {target}")
+
+
+@cli.commands.command()  # type: ignore[has-type]
+@click.argument("a", metavar="A.onnx")
+@click.argument("b", metavar="B.onnx")
+@cli._model_options
+def diff(a: str, b: str, **given: Any) -> None:
+    """Show what differs between two related models: costs, layers, nodes, constants.
+
+    \b
+    Example:  onnxprune diff original.onnx pruned.onnx
+    """
+    with cli._run(given) as (console, options):
+        cli._check_writes(given, [a, b], [given["json_path"]])
+        found = difference(a, b, options)
+        cli._write_json(given["json_path"], found.to_json())
+        if not given["quiet"]:
+            cli._print(console, text.difference, found, given)

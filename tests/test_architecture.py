@@ -22,7 +22,7 @@ LAYERS = (
     },
     {
         "pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity",
-        "artifact", "checkpoint",
+        "artifact", "checkpoint", "difference",
     },
     {"train"},
     {"iterate", "steps", "trainers"},

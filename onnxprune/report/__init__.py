@@ -19,6 +19,7 @@ from onnxprune.passes.validate import Quality, drop
 from onnxprune.report.names import names
 from onnxprune.report.pictures import Picture
 from onnxprune.report.reasons import FrozenRow, frozen_rows
+from onnxprune.report.titles import Titles
 
 __all__ = [
     "FrozenRow", "GroupRow", "Layer", "Probe", "Report", "Target", "error_json", "frozen_rows", "group_rows", "layers",
@@ -62,7 +63,15 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One operator with multiply-accumulates; channels are those of its output, ``groups`` the groups they belong to."""
+    """One operator with multiply-accumulates.
+
+    Attributes
+    ----------
+    channels_before, channels_after, groups
+        Channels of its output, and ids of the groups that they belong to.
+    path
+        The modules that it is in, and its own name.
+    """
 
     node: str
     op: str
@@ -74,7 +83,8 @@ class Layer:
     mac_after: int
     weights_before: int
     weights_after: int
-    groups: tuple[str, ...]
+    groups: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +238,7 @@ def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
     counts = [cost.counts(mask) for mask in (every, keep)]
     macs = [cost.layers.values(c) for c in counts]
     weights = [cost.layer_weights.values(c) for c in counts]
-    rows, owners = [], owners_of(coupling)
+    rows, owners, titles = [], owners_of(coupling), Titles(coupling.ledger)
     for index, work in enumerate(cost.works):
         node = work.node
         axis = _channel_axis(coupling, node.op, node.key)
@@ -246,6 +256,7 @@ def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
                 weights_before=round(weights[0][index]),
                 weights_after=round(weights[1][index]),
                 groups=tuple(dict.fromkeys(coupling.groups[owner].id for owner in owners[classes])),
+                path=tuple(part.lstrip("./") for part in titles.path(node)),
             )
         )
     return tuple(rows)

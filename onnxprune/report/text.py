@@ -13,8 +13,10 @@ from rich.table import Table
 
 from onnxprune.passes.compensate import Compensation
 from onnxprune.report import FrozenRow, GroupRow, Layer, Report
+from onnxprune.report.difference import Difference
 from onnxprune.report.rows import Row
 from onnxprune.report.sensitivity import SensitivityRow, SensitivityTable
+from onnxprune.report.tree import lines
 
 SENSITIVITY_WIDTH = 100  # columns: names of groups are cut rather than figures
 LONGEST_ID, SHORTEST_NAME = 20, 12
@@ -75,6 +77,53 @@ def inspection(console: Console, report: Report, *, verbose: bool = False) -> No
     frozen(console, report.frozen, limit=None if verbose else 12)
     for note in report.notes:
         console.print(f"note     {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def tree(console: Console, report: Report, *, verbose: bool = False) -> None:
+    """Show the model as the tree of its modules, and what each costs."""
+    for line in lines(report.layers, report.before["mac"], console.width, number):
+        console.print(line, highlight=False, markup=False, no_wrap=True, crop=False, soft_wrap=True)
+    for note in report.notes if verbose else ():
+        console.print(f"note     {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def difference(console: Console, found: Difference, *, verbose: bool = False) -> None:
+    """Show how two models differ: costs, layers, nodes, constants."""
+    table = _table(console, "", "A", "B", "B of A")
+    for kind, name in NAMES.items():
+        a, b = found.cost[kind]
+        table.add_row(name, number(a), number(b), share(b, a))
+    console.print(table)
+    changed = [pair for pair in found.layers if pair.changed]
+    limit = None if verbose else 40
+    table = _table(console, "layer", "op", "channels", "MAC", "weights", align="ll")
+    for pair in changed[:limit]:
+        sides = [_sizes(side) for side in (pair.a, pair.b)]
+        _add(table, pair.name, pair.op, *(a if a == b else f"{a} -> {b}" for a, b in zip(*sides, strict=True)))
+    _show(console, "layers that differ", table, len(changed), limit)
+    if found.graph:
+        console.print(f"\nthe graphs' {', '.join(found.graph)} differ", highlight=False, markup=False)
+    for kind, names in found.nodes.items():
+        if names:
+            most = len(names) if verbose else 8
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            shown = ", ".join(names[:most]) + more
+            console.print(f"\nnodes {kind} ({len(names)}): {shown}", highlight=False, markup=False, soft_wrap=True)
+    table = _table(console, "constant", "change", "A", "B", "distance", align="ll")
+    for one in found.constants[:limit]:
+        shapes = (
+            "-" if shape is None else "x".join(map(str, shape)) or "scalar" for shape in (one.shape_a, one.shape_b)
+        )
+        _add(table, one.name, one.change, *shapes, "" if one.distance is None else f"{one.distance:.2g}")
+    _show(console, f"constants that differ, of {found.n_constants}", table, len(found.constants), limit)
+    if found.same:
+        console.print("\nthe models are the same")
+
+
+def _sizes(layer: Layer | None) -> tuple[str, str, str]:
+    if layer is None:
+        return "-", "-", "-"
+    return str(layer.channels_before), number(layer.mac_before), number(layer.weights_before)
 
 
 def layers(console: Console, rows: Sequence[Layer], *, before_only: bool = False, limit: int | None = None) -> None:
