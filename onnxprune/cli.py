@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -44,6 +45,10 @@ class DefaultPrune(click.Group):
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
             args = ["prune", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete commands, and files, which the default command takes."""
+        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any
@@ -208,12 +213,12 @@ def commands() -> None:
 
 
 @commands.command()
-@click.argument("model", metavar="IN.onnx")
-@click.argument("out", metavar="OUT.onnx")
+@click.argument("model", type=click.Path(), metavar="IN.onnx")
+@click.argument("out", type=click.Path(), metavar="OUT.onnx")
 @_target_options
 @_select_options
 @_calib_options
-@click.option("--data", help="Evaluation data; shows the quality before and after.")
+@click.option("--data", type=click.Path(), help="Evaluation data; shows the quality before and after.")
 @click.option("--metric", help=f"Quality metric for --data: {METRIC_NAMES}.")
 @_data_options
 @click.option("--max-drop", type=float, help="Refuse a result whose metric falls by more than this.")
@@ -277,7 +282,7 @@ def prune(model: str, out: str, **given: Any) -> None:
 
 
 @commands.command()
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @_select_options
 @click.option("--tree", is_flag=True, help="Show the tree of modules and what each costs.")
 @_html_option
@@ -294,8 +299,8 @@ def inspect(model: str, **given: Any) -> None:
 
 
 @commands.command()
-@click.argument("model", metavar="IN")
-@click.argument("out", metavar="OUT")
+@click.argument("model", type=click.Path(), metavar="IN")
+@click.argument("out", type=click.Path(), metavar="OUT")
 @click.option("--plan", required=True, type=click.Path(), help="Plan written by prune --plan-out.")
 @click.option("--proof/--no-proof", default=True, help="Prove the result (default), or skip that.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
@@ -316,8 +321,8 @@ def apply(model: str, out: str, plan: str, **given: Any) -> None:
 
 
 @commands.command()
-@click.argument("original")
-@click.argument("pruned")
+@click.argument("original", type=click.Path())
+@click.argument("pruned", type=click.Path())
 @click.option("--plan", required=True, type=click.Path(), help="Plan that made PRUNED of ORIGINAL.")
 @_html_option
 @_model_options
@@ -335,8 +340,10 @@ def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
 
 
 @commands.command()
-@click.argument("model")
-@click.option("--data", required=True, help="Evaluation data: .npz, a folder, an ONNX test_data_set.")
+@click.argument("model", type=click.Path())
+@click.option(
+    "--data", required=True, type=click.Path(), help="Evaluation data: .npz, a folder, an ONNX test_data_set."
+)
 @click.option("--metric", required=True, help=f"{METRIC_NAMES}.")
 @click.option(
     "--reference",
@@ -523,6 +530,7 @@ def main() -> None:
 
 import onnxprune.cli_artifact  # noqa: E402 (these add their commands to the group above)
 import onnxprune.cli_checkpoint  # noqa: E402
+import onnxprune.cli_completion  # noqa: E402
 import onnxprune.cli_finetune  # noqa: E402
 import onnxprune.cli_iterate  # noqa: E402
 import onnxprune.cli_report  # noqa: E402

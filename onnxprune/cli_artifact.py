@@ -12,9 +12,9 @@ from onnxprune.manifest import Artifact
 
 
 @cli.commands.command()  # type: ignore[has-type]  # the two modules import each other
-@click.argument("original")
-@click.argument("pruned")
-@click.argument("directory", metavar="DIR")
+@click.argument("original", type=click.Path())
+@click.argument("pruned", type=click.Path())
+@click.argument("directory", type=click.Path(), metavar="DIR")
 @click.option(
     "--plan", type=click.Path(), help="Plan that made PRUNED of ORIGINAL; found out where weights are unchanged."
 )

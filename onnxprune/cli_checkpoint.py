@@ -11,9 +11,9 @@ from onnxprune.checkpoint import CheckpointSummary, apply_checkpoint
 
 
 @cli.commands.command("apply-checkpoint")  # type: ignore[has-type]  # the two modules import each other
-@click.argument("plan", metavar="PLAN.json")
-@click.argument("source", metavar="IN")
-@click.argument("out", metavar="OUT")
+@click.argument("plan", type=click.Path(), metavar="PLAN.json")
+@click.argument("source", type=click.Path(), metavar="IN")
+@click.argument("out", type=click.Path(), metavar="OUT")
 @click.option("--map", "map_path", type=click.Path(), help="JSON: which parameters the plan's tensors are.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @cli._print_options

@@ -74,8 +74,8 @@ def _recipe(given: Mapping[str, Any], **changes: Any) -> Recipe:
 
 
 @cli.commands.command()  # type: ignore[has-type]  # the two modules import each other
-@click.argument("directory", metavar="DIR")
-@click.argument("out", metavar="OUT.onnx")
+@click.argument("directory", type=click.Path(), metavar="DIR")
+@click.argument("out", type=click.Path(), metavar="OUT.onnx")
 @click.option("--data", required=True, type=click.Path(), help="Training data: .npz, a folder, images.")
 @click.option("--val", type=click.Path(), help="Data that each epoch is judged by; the best epoch is kept.")
 @click.option("--metric", help=f"Metric for --val: {', '.join(METRICS)}, or your own module:function.")

@@ -26,8 +26,8 @@ COLUMNS = (("mac", "MAC 1e9", 1e9), ("weights", "weights 1e3", 1e3), ("activatio
 
 
 @cli.commands.command()  # type: ignore[has-type]  # the two modules import each other
-@click.argument("model", metavar="IN")
-@click.argument("out", metavar="OUT")
+@click.argument("model", type=click.Path(), metavar="IN")
+@click.argument("out", type=click.Path(), metavar="OUT")
 @cli._target_options
 @cli._select_options
 @cli._calib_options

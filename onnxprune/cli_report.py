@@ -15,7 +15,7 @@ from onnxprune.report import text
 
 
 @cli.commands.command("report")  # type: ignore[has-type]  # the two modules import each other
-@click.argument("source", metavar="R.json")
+@click.argument("source", type=click.Path(), metavar="R.json")
 @click.option("-o", "--out", type=click.Path(), help="The page; R.html beside R.json by default.")
 @click.option("--force", is_flag=True, help="Overwrite the page.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -44,8 +44,8 @@ def report(source: str, out: str | None, **given: Any) -> None:
 
 
 @cli.commands.command()  # type: ignore[has-type]
-@click.argument("a", metavar="A.onnx")
-@click.argument("b", metavar="B.onnx")
+@click.argument("a", type=click.Path(), metavar="A.onnx")
+@click.argument("b", type=click.Path(), metavar="B.onnx")
 @cli._model_options
 def diff(a: str, b: str, **given: Any) -> None:
     """Show what differs between two related models: costs, layers, nodes, constants.

@@ -17,7 +17,7 @@ from onnxprune.sensitivity import sensitivity as measure
 
 
 @cli.commands.command()  # type: ignore[has-type]  # the two modules import each other
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @click.option("--data", type=click.Path(), help="Evaluation data: .npz, a folder, an ONNX test_data_set.")
 @click.option("--metric", help="Quality metric for --data, as for evaluate.")
 @click.option(

@@ -34,7 +34,7 @@ def repeatable(command: Callable) -> Callable:
 
 
 @cli.commands.command()  # type: ignore[has-type]  # the two modules import each other
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.argument("models", type=click.Path(), metavar="MODEL...", nargs=-1, required=True)
 @repeatable
 @cli._target_options
 @cli._select_options
