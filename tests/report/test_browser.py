@@ -21,7 +21,8 @@ from commands import ok
 from onnxprune.report.page import page
 from onnxprune.report.pictures import WINDOW
 
-DENOISE = pathlib.Path(__file__).parents[2] / "fixtures" / "denoise"
+FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures"
+DENOISE, DIGITS = FIXTURES / "denoise", FIXTURES / "digits"
 FLAGS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update "
     "disable-sync disable-dev-shm-usage"
@@ -53,7 +54,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
        "--metric", "psnr", "--html", folder / "small.html", "-q")  # fmt: skip
     report = onnxprune.prune(chain(1000), target_mac=0.5, proof=False).report
     (folder / "large.html").write_text(page(report.to_json()))
-    return {name: folder / f"{name}.html" for name in ("small", "large")}
+    ok("inspect", DIGITS / "digits.onnx", "--html", folder / "alone.html", "-q")
+    return {name: folder / f"{name}.html" for name in ("small", "large", "alone")}
 
 
 def shown(browser: Chrome, path: pathlib.Path, width: int, scheme: str = "light") -> None:
@@ -82,7 +84,7 @@ def head(browser: Chrome, number: int) -> Any:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["small", "large"])
+@pytest.mark.parametrize("name", ["small", "large", "alone"])
 def test_the_page_fits_the_window(browser: Chrome, pages: dict[str, pathlib.Path], name: str, width: int) -> None:
     """No console errors, nothing sticks out at the side, and every chart has a size."""
     shown(browser, pages[name], width)

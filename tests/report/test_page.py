@@ -28,7 +28,7 @@ UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 class Parsed(html.parser.HTMLParser):
     """A page: its figures (path, kind, value, text), its tags with their attributes, its text, and tags left open."""
 
-    EMPTY = ("br", "col", "img", "input", "meta", "path", "use", "rect")
+    EMPTY = ("br", "col", "img", "input", "meta", "path", "rect", "use", "wbr")
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -55,13 +55,13 @@ def _inline(svg: str, title: str) -> Html:
     return Html(re.sub(r"\n\s*", "\n", svg).replace('role="img"', f'role="img" aria-label="{label}"', 1).strip())
 
 
-def per_layer(rows: Sequence[Mapping[str, Any]]) -> Html:
-    """MAC and weights of every layer in order, before and after: the paper's network architecture analysis."""
+def per_layer(rows: Sequence[Mapping[str, Any]], *, after: bool) -> Html:
+    """MAC and weights of every layer in order, also ``after`` pruning: the paper's network architecture analysis."""
 
     def draw(axes: Any) -> None:
         edges = [index + 0.5 for index in range(len(rows) + 1)]
         for one, kind, name in zip(axes, ("mac", "weights"), ("MAC", "weights"), strict=True):
-            for when, colour in (("before", BEFORE), ("after", AFTER)):
+            for when, colour in (("before", BEFORE), ("after", AFTER)) if after else (("before", AFTER),):
                 values = [row[f"{kind}_{when}"] for row in rows]
                 one.stairs(values, edges, fill=True, color=colour, label="original" if when == "before" else "kept")
             one.set_ylabel(name)
@@ -70,7 +70,8 @@ def per_layer(rows: Sequence[Mapping[str, Any]]) -> Html:
             one.set_xlim(0.5, len(rows) + 0.5)
             one.set_ylim(0, None)
         axes[1].set_xlabel("layer, in the order of computation")
-        axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        if after:
+            axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
 
     return chart(draw, "MAC and weights per layer", (7.6, 3.6), rows=2)
 

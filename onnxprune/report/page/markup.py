@@ -72,9 +72,14 @@ def figure(report: Mapping[str, Any], path: str, kind: str) -> Html:
     return tag("data", FORMATS[kind](value), value=f"{value:.9g}", data_at=path, data_as=kind)
 
 
+def breaking(text: str) -> Html:
+    """Show a name, which may be broken behind its separators."""
+    return Html(re.sub(r"(?<=[/._:])(?=\w)", "<wbr>", html.escape(text)))
+
+
 def slug(title: str) -> str:
     """Make an identifier of a heading."""
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-__all__ = ["FORMATS", "Html", "figure", "join", "number", "share", "slug", "tag", "value_at"]
+__all__ = ["FORMATS", "Html", "breaking", "figure", "join", "number", "share", "slug", "tag", "value_at"]

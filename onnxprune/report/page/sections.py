@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from onnxprune.report.page import charts
-from onnxprune.report.page.markup import Html, figure, join, slug, tag
+from onnxprune.report.page.markup import Html, breaking, figure, join, slug, tag
 from onnxprune.report.page.tables import Column, table
 from onnxprune.report.reasons import KINDS
 from onnxprune.report.text import NAMES
@@ -85,7 +85,7 @@ def _section(name: str, *content: str | None, about: str | None = None) -> Html:
 def costs(report: Report) -> Html | None:
     """Table 1 of the paper: costs and quality before and after."""
     after = pruned(report)
-    heads = ("", "original", "pruned", "kept") if after else ("", "cost", "least that can stay")
+    heads = ("", "original", "pruned", "kept") if after else ("", "cost", "floor")
     rows = []
     for kind, name in NAMES.items():
         before = figure(report, f"cost.before.{kind}", "count")
@@ -98,12 +98,11 @@ def costs(report: Report) -> Html | None:
         both = (figure(report, f"quality.{when}", "plain") for when in ("before", "after"))
         rows.append((report["quality"]["metric"], *both, join("drop ", figure(report, "quality.drop", "plain"))))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
+    titles = tag("tr", *(tag("th", head) for head in heads))
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report["input_shapes"].items())
     return _section(
         "Cost",
-        tag(
-            "table", tag("thead", tag("tr", *(tag("th", head) for head in heads))), tag("tbody", *body), class_="plain"
-        ),
+        tag("div", tag("table", tag("thead", titles), tag("tbody", *body), class_="plain"), class_="wide"),
         _targets(report),
         about=f"For one inference with {shapes}. Bandwidth is weights plus activations, in elements.",
     )
@@ -125,7 +124,7 @@ def architecture(report: Report) -> Html | None:
         return None
     return _section(
         "Architecture",
-        charts.per_layer(report["layers"]),
+        charts.per_layer(report["layers"], after=pruned(report)),
         about="MAC and weights of every layer. Where one is high and the other low, a weight costs many MAC.",
     )
 
@@ -154,7 +153,7 @@ def layers(report: Report) -> Html | None:
         )  # fmt: skip
         badges = join(*(_badge(name, hues.get(name)) for name in row["groups"]))
         cells.append([
-            str(index + 1), row["node"], row["op"], badges, join(bar, tag("span", *counts, class_="n")),
+            str(index + 1), breaking(row["node"]), row["op"], badges, join(bar, tag("span", *counts, class_="n")),
             figure(report, f"{at}.mac_{'after' if after else 'before'}", "count"),
             figure(report, f"{at}.mac_after / {at}.mac_before", "share") if after else None,
             figure(report, f"{at}.weights_{'after' if after else 'before'}", "count"),
@@ -234,7 +233,7 @@ def frozen(report: Report) -> Html | None:
         where = row["node"] or row["tensor"] or next(iter(row["layers"]), "")
         why = tag("span", row["reason"], title=KINDS.get(row["kind"]))
         count = tag("span", str(len(row["layers"])), title="\n".join(row["layers"]))
-        cells.append([figure(report, f"frozen.{index}.mac", "count"), where, row["op"], why, count])
+        cells.append([figure(report, f"frozen.{index}.mac", "count"), breaking(where), row["op"], why, count])
     about = "What no rule can prove stays. MAC are those of the layers concerned; one layer may stand in several rows."
     return _section("Frozen", table(columns, cells, "frozen"), about=about)
 
@@ -272,7 +271,7 @@ def compensation(report: Report) -> Html | None:
     columns = [Column("layer", text=True), Column("error before"), Column("error after"), Column("note", text=True)]
     cells = [
         [
-            row["node"], figure(report, f"compensation.layers.{index}.error_before", "plain"),
+            breaking(row["node"]), figure(report, f"compensation.layers.{index}.error_before", "plain"),
             figure(report, f"compensation.layers.{index}.error", "plain"), row.get("note") or "",
         ]
         for index, row in enumerate(fitted["layers"])
