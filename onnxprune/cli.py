@@ -30,6 +30,7 @@ from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
 from onnxprune.report import Report, page, text
+from onnxprune.report.pictures import Picture
 from onnxprune.report.rows import with_error
 from onnxprune.search import Guard, prune_to_quality
 
@@ -264,12 +265,14 @@ def prune(model: str, out: str, **given: Any) -> None:
         failed = quality.guard(measured, given["max_drop"], given["min_quality"])
         if failed and not given["keep_going"]:
             raise QualityError(f"{failed}; nothing was written (--keep-going writes it all the same)")
-        done = pipeline.write(result, model, out, force=given["force"])
-        done = replace(done, quality=measured, notes=(*done.notes, *notes))
-        given["written"] = out
+        shown: tuple[Picture, ...] = ()
         if given["html_path"] and given["data"]:
-            shown = quality.compare_pictures(model, result.model, given["data"], reading, options.provider)
-            done = replace(done, pictures=shown)
+            shown = quality.compare_pictures(
+                model, result.model, given["data"], given["metric"], reading, options.provider
+            )
+        done = pipeline.write(result, model, out, force=given["force"])
+        done = replace(done, quality=measured, pictures=shown, notes=(*done.notes, *notes))
+        given["written"] = out
         plan = result.plan
         del result
         if given["plan_out"]:
@@ -317,7 +320,9 @@ def apply(model: str, out: str, plan: str, **given: Any) -> None:
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         with _progress(given) as progress:
             result = pipeline.apply(model, plan, options, progress)
-        _finish(console, pipeline.write(result, model, out, force=given["force"]), given, text.summary)
+        done = pipeline.write(result, model, out, force=given["force"])
+        given["written"] = out
+        _finish(console, done, given, text.summary)
 
 
 @commands.command()
@@ -386,6 +391,9 @@ def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, Options]]:
         if not console.is_terminal:
             console.width = PIPE_WIDTH
         yield console, _options(given)
+    except FileError as error:
+        kept = f"; {given['written']} was written before" if given.get("written") else ""
+        _fail(error, given, f"{error}{kept}")
     except OnnxPruneError as error:
         _fail(error, given, str(error))
     except (KeyboardInterrupt, click.exceptions.Abort) as error:
@@ -406,8 +414,6 @@ def _check_writes(given: dict[str, Any], reads: Sequence[str], writes: Sequence[
     A report that would go over another file is not written at all, not even to tell of the refusal.
     """
     report_path = given["json_path"]
-    if given.get("html_path"):
-        page.require_library()
     taken = {pathlib.Path(path).resolve() for path in reads}
     targets = [path for path in writes if path and path != "-"]
     for path in sorted(targets, key=lambda path: path == report_path):
@@ -422,6 +428,10 @@ def _check_writes(given: dict[str, Any], reads: Sequence[str], writes: Sequence[
             raise UsageError(f"{file}: is a folder; name a file in it")
         if not file.parent.is_dir():
             raise FileError(f"{file}: the folder {file.parent} does not exist")
+    if given.get("html_path") == "-":
+        raise UsageError("--html -: a page goes into a file; name one")
+    if given.get("html_path"):
+        page.require_library()
 
 
 def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:
@@ -477,8 +487,8 @@ def _progress(given: Mapping[str, Any]) -> Iterator[RunProgress]:
 
 def _finish(console: Console, done: Report, given: Mapping[str, Any], show: Callable[..., None]) -> None:
     content = replace(done, command=_command()).to_json()
+    _write_html(given["html_path"], content)  # first: what fails here is told in the JSON
     _write_json(given["json_path"], content)
-    _write_html(given["html_path"], content)
     if not given["quiet"]:
         _print(console, show, done, given)
 

@@ -144,8 +144,8 @@ def _tell(console: Any, done: Iterated, given: dict[str, Any], notes: list[str])
         "reached": done.reached,
     }  # fmt: skip
     content["notes"] = [*content.get("notes", ()), *notes]
+    cli._write_html(given["html_path"], content)  # first: what fails here is told in the JSON
     cli._write_json(given["json_path"], content)
-    cli._write_html(given["html_path"], content)
     if given["quiet"] or given["json_path"] == "-":
         return
     for line in (*_table(done), *(f"note     {note}" for note in notes), f"written  {given['written']}"):

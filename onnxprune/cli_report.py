@@ -26,19 +26,26 @@ def report(source: str, out: str | None, **given: Any) -> None:
     \b
     Example:  onnxprune report r.json
     """
-    given |= {"json_path": None, "html_path": out or str(pathlib.Path(source).with_suffix(".html"))}
-    target = pathlib.Path(given["html_path"])
+    given |= {"json_path": None, "html_path": None}
     with cli._run(given):
+        path = pathlib.Path(source)
+        if not path.is_file():
+            raise FileError(f"{source}: no such file")
+        target = pathlib.Path(out) if out else path.with_suffix(".html")
+        given["html_path"] = str(target)
         cli._check_writes(given, [source], [given["html_path"]])
         if target.exists() and not given["force"]:
             raise UsageError(f"{target}: exists; choose another name with -o or use --force to overwrite it")
         try:
-            content = json.loads(pathlib.Path(source).read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise FileError(f"{source}: cannot be read ({error.strerror})") from error
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UsageError(f"{source}: is not valid JSON ({error})") from error
-        cli._write_html(given["html_path"], content)
+        try:
+            cli._write_html(given["html_path"], content)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from error
         if not given["quiet"]:
             click.echo(f"written  {target}")
 

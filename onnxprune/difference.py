@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from onnx import numpy_helper
 
 from onnxprune import onnx_io, pipeline
 from onnxprune.options import ModelLike, Options
-from onnxprune.protos import named_tensors
-from onnxprune.report import COST_KINDS, Layer
+from onnxprune.protos import bodies, constant_tensor, named_tensors
+from onnxprune.report import COST_KINDS, Layer, layers
 from onnxprune.report.difference import ConstantChange, Difference, LayerPair
 
 
@@ -25,22 +26,33 @@ def difference(a: ModelLike, b: ModelLike, options: Options | None = None) -> Di
     a, b
         Paths or models.
     options
-        ``input_shapes`` counts; a model without one of the inputs does not take its shape.
+        Only ``input_shapes`` counts; each model takes those of its own inputs.
     """
-    reports = [pipeline.inspect(model, options) for model in (a, b)]
-    protos = [model if isinstance(model, onnx.ModelProto) else onnx_io.load(model) for model in (a, b)]
+    options = options or Options()
+    loaded = [_loaded(model, options) for model in (a, b)]
+    protos = [one.source for one in loaded]
     tensors = [{tensor.name: tensor for tensor in named_tensors(proto.graph)} for proto in protos]
-    first, second = reports
+    every = [np.ones(one.coupling.n_classes, bool) for one in loaded]
+    first, second = (layers(one.cost, keep) for one, keep in zip(loaded, every, strict=True))
+    costs = [one.cost.of(keep) for one, keep in zip(loaded, every, strict=True)]
+    files = [{"path": str(one.path) if one.path else None, "sha256": one.sha256 or None} for one in loaded]
     return Difference(
-        a=first.input,
-        b=second.input,
-        cost={kind: (first.before[kind], second.before[kind]) for kind in COST_KINDS},
-        layers=tuple(_paired(first.layers, second.layers)),
+        a=files[0],
+        b=files[1],
+        cost={kind: (costs[0][kind], costs[1][kind]) for kind in COST_KINDS},
+        layers=tuple(_paired(first, second)),
         graph=tuple(_graph(*protos)),
         nodes=_nodes(protos[0].graph, protos[1].graph),
         constants=tuple(_constants(*tensors)),
         n_constants=len(tensors[0].keys() | tensors[1].keys()),
     )
+
+
+def _loaded(model: ModelLike, options: Options) -> pipeline.Loaded:
+    proto = model if isinstance(model, onnx.ModelProto) else onnx_io.load(model)
+    known = {value.name for value in proto.graph.input}
+    shapes = {name: shape for name, shape in options.input_shapes.items() if name in known}
+    return pipeline.load(model, replace(options, input_shapes=shapes), pipeline.Clock())
 
 
 def _paired(first: Iterable[Layer], second: Iterable[Layer]) -> list[LayerPair]:
@@ -58,11 +70,11 @@ def _paired(first: Iterable[Layer], second: Iterable[Layer]) -> list[LayerPair]:
     return [*behind.get(-1, ()), *(each for k, row in enumerate(rows) for each in (row, *behind.get(k, ())))]
 
 
-def _by_key(layers: Iterable[Layer]) -> dict[str, Layer]:
+def _by_key(rows: Iterable[Layer]) -> dict[str, Layer]:
     """Layers by name where that is theirs alone, else by the tensor they compute."""
-    layers = tuple(layers)
-    times = Counter(layer.node for layer in layers)
-    return {layer.node if times[layer.node] == 1 else layer.outputs[0]: layer for layer in layers}
+    rows = tuple(rows)
+    times = Counter(row.node for row in rows)
+    return {row.node if times[row.node] == 1 else row.outputs[0]: row for row in rows}
 
 
 def _graph(first: onnx.ModelProto, second: onnx.ModelProto) -> Iterable[str]:
@@ -88,7 +100,7 @@ def _nodes(first: onnx.GraphProto, second: onnx.GraphProto) -> dict[str, tuple[s
 def _by_name(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """Nodes by name where that is theirs alone, else by the first tensor they compute."""
     times = Counter(node.name for node in graph.node)
-    nodes = [node for node in graph.node if node.op_type != "Constant"]
+    nodes = [node for node in graph.node if _computes(node)]
     return {
         node.name if node.name and times[node.name] == 1 else next(filter(None, node.output), ""): node
         for node in nodes
@@ -96,13 +108,18 @@ def _by_name(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
 
 
 def _bare(node: onnx.NodeProto) -> tuple[Any, ...]:
-    """What a node computes from what, without the values of tensors in it, which are compared as constants."""
-    attributes = sorted(
-        (a.name, a.SerializeToString(deterministic=True))
-        for a in node.attribute
-        if a.type not in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS, onnx.AttributeProto.TENSOR)
-    )
-    return node.domain, node.op_type, tuple(node.input), tuple(node.output), tuple(attributes)
+    """What a node computes from what, without the values that are compared as constants."""
+    plain = [a for a in node.attribute if not a.HasField("g") and not a.graphs]
+    attributes = sorted((a.name, a.SerializeToString(deterministic=True)) for a in plain)
+    inner = []
+    for body in bodies(node):
+        ends = [[value.name for value in side] for side in (body.input, body.output)]
+        inner.append((ends, [_bare(each) for each in body.node if _computes(each)]))
+    return node.domain, node.op_type, tuple(node.input), tuple(node.output), tuple(attributes), inner
+
+
+def _computes(node: onnx.NodeProto) -> bool:
+    return node.op_type != "Constant" or constant_tensor(node) is None
 
 
 def _constants(a: Mapping[str, onnx.TensorProto], b: Mapping[str, onnx.TensorProto]) -> Iterable[ConstantChange]:

@@ -106,13 +106,20 @@ def compare_quality(
 
 
 def compare_pictures(
-    before: ModelLike, after: ModelLike, data_path: str | os.PathLike, reading: Reading | None = None, provider: str = "",
+    before: ModelLike, after: ModelLike, data_path: str | os.PathLike, metric: Metric | Callable | str,
+    reading: Reading | None = None, provider: str = "",
 ) -> tuple[Picture, ...]:  # fmt: skip
-    """Show where outputs differ most on the first :data:`LOOKED_AT` samples; nothing where they are no pictures."""
-    reading = reading or Reading()
+    """Show where outputs differ most on the first :data:`LOOKED_AT` samples; nothing where they are no pictures.
+
+    White is the data range where one is given or the metric has one (1), else the largest value of the original.
+    """
+    metric, reading = find_metric(metric), reading or Reading()
+    if metric.of_classes:
+        return ()
     first, second = _session(before, provider), _session(after, provider)
     samples = _samples(data_path, first, reading, "all", silent_note)
-    return worst(validate.predictions(first, second, samples, reading, LOOKED_AT), reading.peak)
+    peak = reading.peak if reading.data_range is not None or "peak" in metric.options else None
+    return worst(validate.predictions(first, second, samples, reading, LOOKED_AT), peak)
 
 
 LOOKED_AT = 64

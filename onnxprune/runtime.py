@@ -19,6 +19,9 @@ from onnxprune.protos import bodies, is_float
 
 onnxruntime.set_default_logger_severity(4)
 
+VERSION: str = onnxruntime.__version__
+"""Of onnxruntime, whichever of its packages is installed."""
+
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,

@@ -83,7 +83,14 @@ def prune_to_quality(
         problem = guard.broken(before, after)
         target = result.report.target
         probes.append(
-            Probe(share, target.achieved if target else 1.0, after.value, drop(before, after), problem is None)
+            Probe(
+                share,
+                target.achieved if target else 1.0,
+                after.value,
+                drop(before, after),
+                problem is None,
+                before.value,
+            )
         )
         say(f"probe    mac {share:.3f}: {after.metric} {after.value:.5g}, {'passes' if problem is None else 'fails'}")
         low, high = (low, share) if problem is None else (share, high)

@@ -114,6 +114,46 @@ def test_layers_of_one_model_alone(model: onnx.ModelProto) -> None:
     assert turned.layers[1].a is None
 
 
+def test_bodies_and_tensors_in_attributes() -> None:
+    """What a branch computes, and a tensor in an attribute, count."""
+
+    def branching(op: str, value: float) -> onnx.ModelProto:
+        info = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in ("x", "y")]
+        branches = [
+            onnx.helper.make_graph([onnx.helper.make_node(kind, ["filled"], [f"in_{kind}"])], kind, [],
+                                   [onnx.helper.make_tensor_value_info(f"in_{kind}", onnx.TensorProto.FLOAT, [2])])
+            for kind in (op, "Abs")
+        ]  # fmt: skip
+        fill = numpy_helper.from_array(np.array([value], np.float32))
+        nodes = [
+            onnx.helper.make_node("Shape", ["x"], ["size"], name="size"),
+            onnx.helper.make_node("ConstantOfShape", ["size"], ["constant"], name="fill", value=fill),
+            onnx.helper.make_node("Add", ["x", "constant"], ["filled"], name="add"),
+            onnx.helper.make_node("If", ["yes"], ["y"], name="if", then_branch=branches[0], else_branch=branches[1]),
+        ]
+        yes = numpy_helper.from_array(np.array(True), "yes")
+        graph = onnx.helper.make_graph(nodes, "g", info[:1], info[1:], [yes])
+        return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+    assert difference(branching("Sigmoid", 1), branching("Sigmoid", 1)).same
+    assert difference(branching("Sigmoid", 1), branching("Tanh", 1)).nodes["changed"] == ("if",)
+    assert difference(branching("Sigmoid", 1), branching("Sigmoid", 5)).nodes["changed"] == ("fill",)
+
+
+def test_shapes_are_for_the_inputs_that_a_model_has(model: onnx.ModelProto) -> None:
+    """``input_shapes`` of an input that only one model has are no error."""
+    other = changed(model)
+    old, new = other.graph.input[0].name, "renamed"
+    other.graph.input[0].name = new
+    for node in other.graph.node:
+        for k, name in enumerate(node.input):
+            if name == old:
+                node.input[k] = new
+    found = difference(model, other, onnxprune.Options(input_shapes={old: (1, 1, 32, 32)}))
+    assert found.cost["mac"][0] * 4 == found.cost["mac"][1]
+    assert found.graph == ("inputs",)
+
+
 def test_a_missing_file_is_told(tmp_path: pathlib.Path) -> None:
     """A file that is not there ends with exit code 7."""
     assert run("diff", DENOISE, tmp_path / "absent.onnx").exit_code == 7

@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import onnx
 
+from onnxprune import runtime
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.labels import Axis, length
@@ -31,12 +32,8 @@ COST_KINDS = ("mac", "weights", "params", "activations", "bandwidth")
 
 def environment() -> dict[str, str]:
     """Versions that a result may depend on."""
-    packages = ("onnx", "onnxruntime", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "system": platform.platform(),
-    }
+    packages = {"onnx": onnx.__version__, "onnxruntime": runtime.VERSION, "numpy": np.__version__}
+    return {"python": platform.python_version(), **packages, "system": platform.platform()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +49,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A budget that a search tried: MAC share asked for and reached, quality, how far it fell, and whether it passes."""
+    """A budget that a search tried: MAC share asked for and reached, quality, how far it fell, and whether it passes.
+
+    ``before`` is the original's quality on the same samples, which are not those of the figure that is quoted in the end.
+    """
 
     target: float
     achieved: float
     quality: float
     drop: float
     ok: bool
+    before: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ class Picture:
         Which sample, and the window's first row and column.
     rms, largest
         Root mean square and largest magnitude of the difference in the window, in units of the output.
+    low, high
+        Values that are shown as black and as white.
     gain
         What the difference is multiplied by where it is shown, around grey.
     wanted, original, pruned, difference
@@ -38,6 +40,8 @@ class Picture:
     left: int
     rms: float
     largest: float
+    low: float
+    high: float
     gain: float
     original: str
     pruned: str
@@ -50,7 +54,7 @@ class Picture:
 
 
 def worst(
-    samples: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]], peak: float, shown: int = SHOWN
+    samples: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]], peak: float | None, shown: int = SHOWN
 ) -> tuple[Picture, ...]:
     """Show the windows with the largest mean squared difference, the worst sample first.
 
@@ -58,21 +62,26 @@ def worst(
     ----------
     samples
         Predictions of the original and of the pruned model, and what was wanted or None: each ``(channels, height, width)``
-        with one or three channels. Samples of other shapes are passed over.
+        with one or three channels. Samples of other shapes, or with infinities, are passed over.
     peak
-        The value that is shown as white; 0 is black.
+        The value that is shown as white, with 0 as black; None for the range of what is shown of the original.
     """
     found = sorted(_windows(samples), key=lambda window: (-window[0], window[1]))[:shown]
-    return tuple(_picture(*window[1:], peak) for window in found)
+    low, high = 0.0, peak
+    if high is None and found:
+        low, high = (float(end([end(window[4]) for window in found])) for end in (np.min, np.max))
+    return tuple(_picture(*window[1:], low, high if high is not None and high > low else low + 1) for window in found)
 
 
 Window = tuple[float, int, int, int, np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def _windows(samples: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]]) -> Iterator[Window]:
-    for number, (before, after, wanted) in enumerate(samples):
-        if is_picture(before.shape):
-            squares = np.square(after - before, dtype=np.float64).mean(0)
+    for number, (first, second, wanted) in enumerate(samples):
+        shown = is_picture(first.shape) and first.shape == second.shape
+        if shown and np.isfinite(first).all() and np.isfinite(second).all():
+            before, after = first.astype(np.float64), second.astype(np.float64)
+            squares = np.square(after - before).mean(0)
             height, width = (min(WINDOW, n) for n in squares.shape)
             sums = np.pad(squares.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
             boxes = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
@@ -91,9 +100,10 @@ def is_picture(shape: tuple[int, ...]) -> bool:
 
 
 def _picture(
-    number: int, top: int, left: int, before: np.ndarray, after: np.ndarray, wanted: np.ndarray | None, peak: float
-) -> Picture:
-    difference = (after - before).astype(np.float64)
+    number: int, top: int, left: int, before: np.ndarray, after: np.ndarray, wanted: np.ndarray | None,
+    low: float, high: float,
+) -> Picture:  # fmt: skip
+    difference, peak = after - before, high - low
     largest = float(np.abs(difference).max())
     gain = 2.0 ** min(12, max(0, math.floor(math.log2(peak / largest / 2)))) if largest > 0 else 1.0
     return Picture(
@@ -102,11 +112,13 @@ def _picture(
         left=left,
         rms=float(np.sqrt(np.square(difference).mean())),
         largest=largest,
+        low=low,
+        high=high,
         gain=gain,
-        original=_uri(before / peak),
-        pruned=_uri(after / peak),
+        original=_uri((before - low) / peak),
+        pruned=_uri((after - low) / peak),
         difference=_uri(0.5 + gain * difference / peak),
-        wanted=None if wanted is None else _uri(wanted / peak),
+        wanted=None if wanted is None else _uri((wanted - low) / peak),
     )
 
 

@@ -57,12 +57,12 @@ def lines(layers: Sequence[Layer], total: int, width: int, number: Callable[[flo
     total
         MAC of the model.
     width
-        Columns that there are; names are cut in the middle where they do not fit.
+        Columns that there are; what does not fit is cut in the middle.
     number
         Writes a count.
     """
     rows = list(_rows(grown(layers), ""))
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for stem, branch in rows:
         mac = sum(layer.mac_before for layer in branch.layers)
         layer = branch.layer
@@ -73,7 +73,11 @@ def lines(layers: Sequence[Layer], total: int, width: int, number: Callable[[flo
     sizes[0] = max(NARROWEST, min(sizes[0], width - sum(sizes[1:]) - 8))
     written = []
     for row in (head, *cells):
-        first = row[0] if len(row[0]) <= sizes[0] else f"{row[0][: sizes[0] - 2]}.."
+        first = (
+            row[0]
+            if len(row[0]) <= sizes[0]
+            else f"{row[0][: sizes[0] // 3]}..{row[0][sizes[0] // 3 + 2 - sizes[0] :]}"
+        )
         middle = "  ".join(f"{cell:>{size}}" for cell, size in zip(row[1:4], sizes[1:4], strict=True))
         written.append(f"{first:{sizes[0]}}  {middle}  {row[4]}".rstrip())
     return written

@@ -6,6 +6,7 @@ import html.parser
 import json
 import pathlib
 import re
+import shutil
 import sys
 from itertools import pairwise
 from typing import Any
@@ -178,8 +179,9 @@ def test_report_makes_the_same_page(pruned: tuple[str, dict[str, Any]], tmp_path
     [
         pytest.param("{", 2, "not valid JSON", id="no-json"),
         pytest.param("[]", 2, "no report", id="a-list"),
+        pytest.param('{"schema": 1, "layers": [], "cost": {}}', 2, "it has no input", id="a-part-of-one"),
         pytest.param('{"schema": 1, "error": {"code": 4, "message": "m"}}', 2, "no report", id="an-error"),
-        pytest.param(None, 7, "cannot be read", id="no-file"),
+        pytest.param(None, 7, "no such file", id="no-file"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: pathlib.Path, content: str | None, code: int, text: str) -> None:
@@ -190,6 +192,86 @@ def test_what_is_no_report_is_refused(tmp_path: pathlib.Path, content: str | Non
     assert found.exit_code == code
     assert text in found.output
     assert not (tmp_path / "r.html").exists()
+
+
+def test_reports_of_other_kinds_are_refused(pruned: tuple[str, dict[str, Any]], tmp_path: pathlib.Path) -> None:
+    """What ``diff`` writes, and what an older version wrote, is told from a report; so is a folder."""
+    model = DENOISE / "denoise.onnx"
+    ok("diff", model, model, "--json", tmp_path / "d.json", "-q")
+    assert "d.json: no report of a model" in run("report", tmp_path / "d.json").output
+    old = {**pruned[1], "layers": [{k: v for k, v in row.items() if k != "groups"} for row in pruned[1]["layers"]]}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    found = run("report", tmp_path / "old.json")
+    assert found.exit_code == 2
+    assert "layers[].groups" in found.output
+    for source in (tmp_path, "."):
+        assert run("report", source).exit_code == 7
+
+
+def test_columns_show_what_their_heads_say(pruned: tuple[str, dict[str, Any]]) -> None:
+    """A figure stands under the head that it belongs to, and in the row of its layer or group."""
+    wanted = {
+        "table-layers": {
+            "channels, original and kept": ["channels_before", "channels_after"], "MAC": ["mac_after"],
+            "MAC kept": ["mac_after", "mac_before"], "weights": ["weights_after"],
+            "weights kept": ["weights_after", "weights_before"],
+        },
+        "table-groups": {"MAC of its layers": ["mac"], "channels": ["size"], "kept": ["kept"], "threshold": ["threshold"]},
+        "table-compensation": {"error before": ["error_before"], "error after": ["error"]},
+    }  # fmt: skip
+    for name, columns in wanted.items():
+        table = re.search(rf'id="{name}".*?</table>', pruned[0], flags=re.DOTALL)
+        assert table
+        heads = [re.sub("<[^>]*>", "", head) for head in re.findall(r"<th.*?</th>", table[0])]
+        rows = [re.findall(r"<td.*?</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", table[0])]
+        assert set(columns) <= set(heads)
+        for index, cells in enumerate(rows):
+            for head, keys in columns.items():
+                paths = re.findall(r'data-at="([^"]*)"', cells[heads.index(head)])
+                parts = [part.split(".") for path in paths for part in path.split(" / ")]
+                assert [part[-1] for part in parts] == (keys if parts else [])
+                assert {part[-2] for part in parts} <= {str(index)}
+
+
+def test_charts_draw_the_jsons_figures(pruned: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to matplotlib is what the report holds."""
+    from matplotlib.axes import Axes  # noqa: PLC0415
+
+    drawn, stairs = [], Axes.stairs
+
+    def noted(axes: Axes, values: Any, *args: Any, **options: Any) -> Any:
+        drawn.append(list(values))
+        return stairs(axes, values, *args, **options)
+
+    monkeypatch.setattr(Axes, "stairs", noted)
+    page(pruned[1])
+    kinds = ("mac_before", "mac_after", "weights_before", "weights_after")
+    assert drawn == [[row[kind] for row in pruned[1]["layers"]] for kind in kinds]
+
+
+def test_a_failing_page_takes_nothing_along(tmp_path: pathlib.Path) -> None:
+    """A page that cannot be written leaves the model, and its error is the JSON, which stays one document."""
+    out = tmp_path / "o.onnx"
+    found = run(
+        DIGITS / "digits.onnx", out, "--target-mac", "0.5", "--no-latency", "--html", "/dev/full", "--json", "-", "-q"
+    )
+    assert found.exit_code == 7
+    assert json.loads(found.stdout)["error"]["code"] == 7
+    assert f"{out} was written before" in found.stderr
+    assert out.exists()
+
+
+def test_a_page_is_no_stream(tmp_path: pathlib.Path) -> None:
+    """``--html -`` is refused, rather than taken for a file name."""
+    found = run("inspect", DIGITS / "digits.onnx", "--html", "-")
+    assert found.exit_code == 2
+    assert not pathlib.Path("-").exists()
+
+
+def test_models_in_memory_have_a_heading() -> None:
+    """Without file names the page still says whether something was pruned."""
+    result = onnxprune.prune(onnx.load(DIGITS / "digits.onnx"), target_mac=0.5)
+    assert "a model in memory <small>pruned</small>" in page(result.report.to_json())
 
 
 def test_names_are_text(tmp_path: pathlib.Path) -> None:
@@ -233,6 +315,8 @@ def test_the_search_is_drawn(tmp_path: pathlib.Path) -> None:
     assert report["probes"]
     tried = {path for path, *_ in Parsed(text).figures if path.startswith("probes.")}
     assert len(tried) == 2 * len(report["probes"])
+    for probe in report["probes"]:
+        assert probe["before"] - probe["quality"] == pytest.approx(probe["drop"])
 
 
 @pytest.mark.parametrize("command", ["apply", "verify"])
@@ -271,6 +355,10 @@ def test_without_matplotlib_it_says_so_first(tmp_path: pathlib.Path, monkeypatch
     assert found.exit_code == 2
     assert "onnxprune[report]" in found.output
     assert list(tmp_path.iterdir()) == []
+    model = tmp_path / "m.onnx"
+    shutil.copy(DIGITS / "digits.onnx", model)
+    run(model, tmp_path / "o.onnx", "--target-mac", "0.5", "--html", tmp_path / "r.html", "--json", model)
+    assert model.read_bytes() == (DIGITS / "digits.onnx").read_bytes()
 
 
 def test_a_thousand_layers_stay_small() -> None:

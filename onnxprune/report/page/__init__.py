@@ -13,6 +13,13 @@ from onnxprune.report.page.markup import Html, join, tag
 __all__ = ["page", "require_library"]
 
 
+NEEDED = (
+    "input", "output", "options", "cost", "input_shapes", "targets", "floor", "groups", "layers", "frozen", "proof",
+    "timings", "notes", "environment",
+)  # fmt: skip
+"""Keys that tell a report of a model from other JSON of this program."""
+
+
 def require_library() -> None:
     """Raise :class:`UsageError` where matplotlib, which draws the charts, is not installed."""
     try:
@@ -35,9 +42,14 @@ def page(report: Mapping[str, Any]) -> str:
         It is no such report, or matplotlib is missing.
     """
     require_library()
-    if not isinstance(report, Mapping) or report.get("schema") != 1 or "layers" not in report or "cost" not in report:
+    known = report if isinstance(report, Mapping) and report.get("schema") == 1 else {}
+    missing = [key for key in NEEDED if key not in known] or [
+        f"layers[].{key}" for key in ("groups", "path") for row in known["layers"][:1] if key not in row
+    ]
+    if missing:
         raise UsageError(
-            "this is no report of a model: give what prune, apply, verify, iterate or inspect --json wrote"
+            f"no report of a model, or one of an older version (it has no {missing[0]}); give what prune, apply, verify, "
+            "iterate or inspect --json write"
         )
     shown = [made for section in sections.SECTIONS if (made := section(report)) is not None]
     head = tag(

@@ -17,6 +17,7 @@ LOOK: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "path.simplify": False,
+    "text.parse_math": False,  # names may hold $
 }
 COLOURS = {"#000001": "currentColor", "#000002": "var(--before)", "#000003": "var(--after)", "#000004": "var(--line)",
            "#000005": "var(--bad)"}  # fmt: skip
@@ -76,7 +77,10 @@ def per_layer(rows: Sequence[Mapping[str, Any]], *, after: bool) -> Html:
     return chart(draw, "MAC and weights per layer", (7.6, 3.6), rows=2)
 
 
-def quality(points: Sequence[tuple[float, float, bool]], metric: str, original: float, given: Sequence[float]) -> Html:
+Point = tuple[float, float, bool]
+
+
+def quality(points: Sequence[Point], metric: str, original: float, given: Sequence[tuple[float, float]]) -> Html:
     """Quality of every tried budget (MAC share, quality, whether it passes), and of the original."""
 
     def draw(axes: Any) -> None:
@@ -87,8 +91,8 @@ def quality(points: Sequence[tuple[float, float, bool]], metric: str, original: 
             some = [p for p in points if p[2] is ok]
             if some:
                 axes.plot([100 * p[0] for p in some], [p[1] for p in some], "o", color=colour, label=label)
-        if given:
-            axes.plot(*[[100 * given[0]], [given[1]]], "D", color=AFTER, markersize=9, label="written")
+        for kept, value in given:
+            axes.plot([100 * kept], [value], "D", color=AFTER, markersize=9, label="written")
         axes.set_xlabel("MAC kept, %")
         axes.set_ylabel(metric)
         axes.grid()
@@ -122,11 +126,12 @@ def histogram(scores: Sequence[float], threshold: float | None, bins: int = 24) 
 
     Scores within a group often span decades; what is below a millionth of the largest stands at the left edge.
     """
-    top = max(scores, default=0.0) or 1.0
+    top, least = max(scores, default=0.0) or 1.0, min(scores, default=0.0)
+    lowest = max(least, top * 1e-6) if least < top else top / 2
+    decades = math.log(top / lowest)
 
     def place(score: float) -> float:
-        lowest = max(min(scores), top * 1e-6) if min(scores) < top else top / 2
-        return min(1.0, max(0.0, math.log(max(score, lowest) / lowest) / math.log(top / lowest)))
+        return min(1.0, math.log(max(score, lowest) / lowest) / decades)
 
     counts = [0] * bins
     for score in scores:

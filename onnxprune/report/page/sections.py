@@ -24,14 +24,15 @@ def pruned(report: Report) -> bool:
 
 def title(report: Report) -> str:
     """Name of the file that the report is about."""
-    path = report["output"].get("path") or report["input"].get("path")
+    path = report["output"].get("path") or (not pruned(report) and report["input"].get("path"))
     return pathlib.PurePath(path).name if path else "a model in memory"
 
 
 def header(report: Report) -> Html:
     """Say what became of what, and the figures that matter most."""
     origin = report["input"].get("path")
-    line = f"pruned from {pathlib.PurePath(origin).name}" if pruned(report) and origin else "as it is"
+    line = "pruned" if pruned(report) else "as it is"
+    line += f" from {pathlib.PurePath(origin).name}" if pruned(report) and origin else ""
     tiles = _tiles_after(report) if pruned(report) else _tiles_before(report)
     notes = [tag("li", note) for note in report.get("notes", ())]
     return tag(
@@ -248,18 +249,21 @@ def quality(report: Report) -> Html | None:
     good = [row["ok"] if probes else row["status"] == "good" for row in rows]
     points = [(row[kept], row[value], ok) for row, ok in zip(rows, good, strict=True) if row[value] is not None]
     metric = report["quality"]["metric"]
-    done = (report["cost"]["ratio"]["mac"], report["quality"]["after"])
     columns = [Column("#"), Column("MAC kept"), Column(metric), Column("", text=True)]
     cells = [
         [
-            str(index + 1), figure(report, f"{kind}.{index}.{kept}", "share"),
+            str(index + 1 if probes else row["number"]), figure(report, f"{kind}.{index}.{kept}", "share"),
             figure(report, f"{kind}.{index}.{value}", "plain"),
             ("passes" if ok else "fails") if probes else row["status"],
         ]
         for index, (row, ok) in enumerate(zip(rows, good, strict=True))
     ]  # fmt: skip
-    about = "Every budget that was tried." if probes else "Every step of the loop."
-    drawn = charts.quality(points, metric, report["quality"]["before"], done)
+    about = "Every step of the loop."
+    before, done = report["quality"]["before"], [(report["cost"]["ratio"]["mac"], report["quality"]["after"])]
+    if probes:  # measured on other samples than the figure that is quoted
+        before, done = probes[0]["before"], []
+        about = "Every budget that was tried, on the half of the samples that the search saw."
+    drawn = charts.quality(points, metric, before, done)
     return _section("Quality against MAC", drawn, table(columns, cells, kind), about=about)
 
 
@@ -301,12 +305,14 @@ def pictures(report: Report) -> Html | None:
             for key, name in titles.items()
             if row.get(key)
         ]
-        figures = (figure(report, f"pictures.{index}.{key}", "plain") for key in ("rms", "largest"))
-        where = (
-            f"sample {row['sample']}, from row {row['top']}, column {row['left']}: root mean square of the difference "
+        sample, top, left = (figure(report, f"pictures.{index}.{key}", "channels") for key in ("sample", "top", "left"))
+        rms, largest, low, high = (
+            figure(report, f"pictures.{index}.{key}", "plain") for key in ("rms", "largest", "low", "high")
         )
-        shown += [tag("p", where, next(figures), ", largest ", next(figures)), tag("div", *images, class_="strip")]
-    about = "Where the outputs differ most on the first samples; each sample's worst window. White is the data range."
+        where = join("sample ", sample, ", from row ", top, ", column ", left, "; black is ", low, ", white ", high)
+        what = join(". Difference: root mean square ", rms, ", largest ", largest)
+        shown += [tag("p", where, what), tag("div", *images, class_="strip")]
+    about = "Where the outputs differ most on the first 64 samples: of each sample the worst window."
     return _section("Pictures", *shown, about=about)
 
 
