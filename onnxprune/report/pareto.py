@@ -21,12 +21,12 @@ _LOOK: dict[Any, Any] = {
 }
 
 
-def require_matplotlib() -> None:
-    """Raise :class:`UsageError` where matplotlib is not installed."""
+def require_matplotlib(what: str = "--plot") -> None:
+    """Raise :class:`UsageError` where matplotlib, which ``what`` needs, is not installed."""
     try:
         import matplotlib.figure  # noqa: F401, PLC0415 (an extra)
     except ImportError as error:
-        raise UsageError("--plot needs matplotlib: pip install 'onnxprune[report]'") from error
+        raise UsageError(f"{what} needs matplotlib: pip install 'onnxprune[report]'") from error
 
 
 def draw(rows: Sequence[Row], kind: str = "svg") -> bytes:

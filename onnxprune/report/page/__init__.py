@@ -9,6 +9,7 @@ from typing import Any
 from onnxprune.errors import UsageError
 from onnxprune.report.page import sections
 from onnxprune.report.page.markup import Html, join, tag
+from onnxprune.report.pareto import require_matplotlib
 
 __all__ = ["page", "require_library"]
 
@@ -22,10 +23,7 @@ NEEDED = (
 
 def require_library() -> None:
     """Raise :class:`UsageError` where matplotlib, which draws the charts, is not installed."""
-    try:
-        import matplotlib.figure  # noqa: F401, PLC0415 (an extra)
-    except ImportError as error:
-        raise UsageError("an HTML report needs matplotlib: pip install 'onnxprune[report]'") from error
+    require_matplotlib("an HTML report")
 
 
 def page(report: Mapping[str, Any]) -> str:
