@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxprune import onnx_io, pipeline
+from onnxprune.errors import UsageError
 from onnxprune.options import ModelLike, Options
 from onnxprune.protos import bodies, constant_tensor, named_tensors
 from onnxprune.report import COST_KINDS, Layer, layers
@@ -27,9 +28,14 @@ def difference(a: ModelLike, b: ModelLike, options: Options | None = None) -> Di
         Paths or models.
     options
         Only ``input_shapes`` counts; each model takes those of its own inputs.
+
+    Raises
+    ------
+    UsageError
+        A shape is for an input that neither model has.
     """
-    options = options or Options()
-    loaded = [_loaded(model, options) for model in (a, b)]
+    each = _shapes((a, b), options or Options())
+    loaded = [pipeline.load(model, own, pipeline.Clock()) for model, own in zip((a, b), each, strict=True)]
     protos = [one.source for one in loaded]
     tensors = [{tensor.name: tensor for tensor in named_tensors(proto.graph)} for proto in protos]
     every = [np.ones(one.coupling.n_classes, bool) for one in loaded]
@@ -48,11 +54,16 @@ def difference(a: ModelLike, b: ModelLike, options: Options | None = None) -> Di
     )
 
 
-def _loaded(model: ModelLike, options: Options) -> pipeline.Loaded:
-    proto = model if isinstance(model, onnx.ModelProto) else onnx_io.load(model)
-    known = {value.name for value in proto.graph.input}
-    shapes = {name: shape for name, shape in options.input_shapes.items() if name in known}
-    return pipeline.load(model, replace(options, input_shapes=shapes), pipeline.Clock())
+def _shapes(models: Sequence[ModelLike], options: Options) -> list[Options]:
+    """Options for each model, with the shapes of its own inputs; one that no model has is an error."""
+    if not options.input_shapes:
+        return [options for _ in models]
+    protos = [model if isinstance(model, onnx.ModelProto) else onnx_io.load(model) for model in models]
+    known = [{value.name for value in proto.graph.input} for proto in protos]
+    for name in options.input_shapes.keys() - set().union(*known):
+        raise UsageError(f"input shape of {name}: neither model has such an input")
+    shapes = [{name: shape for name, shape in options.input_shapes.items() if name in own} for own in known]
+    return [replace(options, input_shapes=own) for own in shapes]
 
 
 def _paired(first: Iterable[Layer], second: Iterable[Layer]) -> list[LayerPair]:

@@ -152,6 +152,9 @@ def test_shapes_are_for_the_inputs_that_a_model_has(model: onnx.ModelProto) -> N
     found = difference(model, other, onnxprune.Options(input_shapes={old: (1, 1, 32, 32)}))
     assert found.cost["mac"][0] * 4 == found.cost["mac"][1]
     assert found.graph == ("inputs",)
+    refused = run("diff", DENOISE, DENOISE, "--input-shape", "noisyy:1,1,32,32")
+    assert refused.exit_code == 2
+    assert "noisyy" in refused.output
 
 
 def test_a_missing_file_is_told(tmp_path: pathlib.Path) -> None:

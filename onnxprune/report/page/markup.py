@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onnxprune.report.text import number, share
+from onnxprune.report.text import number
 
 EMPTY = ("br", "col", "img", "input", "meta")
 
@@ -42,7 +42,6 @@ FORMATS = {
     "channels": lambda value: f"{value:d}",
     "share": lambda value: f"{100 * value:.1f} %",
     "ms": lambda value: f"{value:.2f} ms",
-    "s": lambda value: f"{value:.2f} s",
     "plain": lambda value: f"{value:.4g}",
     "error": lambda value: f"{value:.1e}",
 }
@@ -80,6 +79,3 @@ def breaking(text: str) -> Html:
 def slug(title: str) -> str:
     """Make an identifier of a heading."""
     return re.sub(r"\W+", "-", title.lower()).strip("-")
-
-
-__all__ = ["FORMATS", "Html", "breaking", "figure", "join", "number", "share", "slug", "tag", "value_at"]
