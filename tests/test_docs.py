@@ -69,7 +69,8 @@ SLOW = {"sensitivity.md"}  # minutes
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in PAGES])
-def test_code_runs(page: str, clone: pathlib.Path) -> None:
+@pytest.mark.usefixtures("clone")
+def test_code_runs(page: str) -> None:
     """Blocks of a page, one after the other in one folder."""
     for kind, text in blocks(page):
         if kind == "json":
@@ -81,7 +82,6 @@ def test_code_runs(page: str, clone: pathlib.Path) -> None:
             needs_torch(text)
             done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{text}\n{done.stderr}"
-    assert clone.is_dir()
 
 
 def run(command: str, shown: str) -> None:
