@@ -11,7 +11,7 @@ import click
 from onnxprune import cli, onnx_io
 from onnxprune.errors import UsageError
 from onnxprune.options import Options
-from onnxprune.report import pareto, rows, text
+from onnxprune.report import environment, pareto, rows, text
 from onnxprune.report.rows import Row
 from onnxprune.sweep import BACKENDS
 from onnxprune.sweep import sweep as run_sweep
@@ -55,6 +55,7 @@ def repeatable(command: Callable) -> Callable:
 @click.option("--ship", is_flag=True, help="Send models and data to workers that share no folder with this machine.")
 @click.option("--csv", "csv_path", type=click.Path(), help="Write the table as CSV (- for stdout).")
 @click.option("--plot", type=click.Path(), help="Draw MAC share against quality: .svg, .png or .pdf.")
+@cli._html_option
 @click.option("--out-dir", type=click.Path(), help="Write the pruned models and their plans to this folder.")
 @click.option("--resume", is_flag=True, help="Go on with the tables: what they hold does not run again.")
 @click.option("--force", is_flag=True, help="Overwrite tables and models; with --resume, drop runs of another sweep.")
@@ -89,6 +90,7 @@ def sweep(models: tuple[str, ...], **given: Any) -> None:
         error = None
         if len(failed) == len(found):
             error = (failed[0].code, f"all {len(found)} runs failed; the first: {failed[0].error}")
+        cli._write_html(given["html_path"], writer.content(found, error))  # first: what fails here is told in the JSON
         writer.write(found, error)
         if given["plot"] and not error:
             onnx_io.write(given["plot"], pareto.draw(found, pathlib.Path(given["plot"]).suffix[1:]))
@@ -102,7 +104,7 @@ def sweep(models: tuple[str, ...], **given: Any) -> None:
 
 def _prepare(models: Sequence[str], given: dict[str, Any], single: dict[str, Any]) -> list[Row]:
     """Refuse what cannot be written before any run; returns the rows to go on with."""
-    paths = [given["csv_path"], given["json_path"], given["plot"]]
+    paths = [given["csv_path"], given["json_path"], given["html_path"], given["plot"]]
     cli._check_writes(single, [*models, *([given["data"]] if given["data"] else [])], paths)
     if given["csv_path"] == given["json_path"] == "-":
         raise UsageError("--csv - and --json - both want stdout; write one of them to a file")
@@ -145,6 +147,11 @@ class _Writer:
         if not self._given["quiet"]:
             click.echo(line, err=True)
 
+    def content(self, table: list[Row], error: tuple[int, str] | None = None) -> dict[str, Any]:
+        """Return what the JSON table holds: the rows, and what made them."""
+        made = {"command": cli._command(), "environment": environment()}
+        return rows.to_json(table, self._options, error) | made
+
     def write(self, table: list[Row], error: tuple[int, str] | None = None, *, final: bool = True) -> None:
         """Write the tables, each whole; to stdout only in the end."""
         csv_path, json_path = self._given["csv_path"], self._given["json_path"]
@@ -153,7 +160,7 @@ class _Writer:
         elif csv_path and csv_path != "-":
             onnx_io.write(csv_path, rows.to_csv(table).encode())
         if json_path and (final or json_path != "-"):
-            cli._write_json(json_path, rows.to_json(table, self._options, error))
+            cli._write_json(json_path, self.content(table, error))
         files = [path for path in (csv_path, json_path) if path and path != "-"]
         if files:
             self._single["written"] = f"what was finished, {' and '.join(files)},"

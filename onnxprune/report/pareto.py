@@ -51,13 +51,7 @@ def draw(rows: Sequence[Row], kind: str = "svg") -> bytes:
         raise UsageError("no run has a quality to draw")
     with mpl.rc_context(_LOOK):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        _lines(axes, shown)
-        better = "higher" if find(shown[0].quality[0].metric).higher_is_better else "lower"
-        axes.set_xlabel("MAC kept, % of the original")
-        axes.set_ylabel(f"{shown[0].quality[0].metric} ({better} is better)")
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, title="filled: Pareto-optimal", alignment="left")
+        plot(figure.add_subplot(), shown)
         target = io.BytesIO()
         figure.savefig(target, format=kind, dpi=150, metadata=_without_date(kind))
     return target.getvalue()
@@ -95,7 +89,9 @@ def draw_path(points: Sequence[tuple[float, float, bool]], metric: str, before: 
     return target.getvalue()
 
 
-def _lines(axes: Any, shown: Sequence[Row]) -> None:
+def plot(axes: Any, shown: Sequence[Row], grey: str = "0.5", hollow: str = "white") -> None:
+    """Draw rows that have a quality into axes of matplotlib; ``hollow`` fills points that are not Pareto-optimal."""
+    metric = shown[0].quality[0].metric
     lines = list(dict.fromkeys(row.line for row in shown))
     varying = [len({line[part] for line in lines}) > 1 for part in range(len(lines[0]))]
     colours: dict[str, str] = {}
@@ -108,11 +104,15 @@ def _lines(axes: Any, shown: Sequence[Row]) -> None:
         (drawn,) = axes.plot(at, values, color=f"C{number % 10}", linewidth=1.2, label=label)
         colours.setdefault(line[0], drawn.get_color())
         for row, x, y in zip(points, at, values, strict=True):
-            fill = drawn.get_color() if row.pareto else "white"
+            fill = drawn.get_color() if row.pareto else hollow
             axes.plot(x, y, "o", markersize=6, color=drawn.get_color(), markerfacecolor=fill)
     for model, colour in colours.items():
         before = next(row.quality[0].before for row in shown if row.model == model)
-        axes.axhline(before, color=colour if len(colours) > 1 else "0.5", linewidth=0.8, linestyle="--")
+        axes.axhline(before, color=colour if len(colours) > 1 else grey, linewidth=0.8, linestyle="--")
+    axes.set_xlabel("MAC kept, % of the original")
+    axes.set_ylabel(f"{metric} ({'higher' if find(metric).higher_is_better else 'lower'} is better)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, title="filled: Pareto-optimal", alignment="left")
 
 
 def _without_date(kind: str) -> dict[str, None]:

@@ -201,7 +201,11 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 def from_json(text: str) -> list[Row]:
     """Read rows that :func:`to_json` wrote; :class:`ValueError` where the text is something else."""
-    content = json.loads(text)
+    return from_plain(json.loads(text))
+
+
+def from_plain(content: Any) -> list[Row]:
+    """Take rows from what :func:`to_json` returned; :class:`ValueError` where it is something else."""
     try:
         return [
             Row(

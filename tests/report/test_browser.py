@@ -55,7 +55,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     report = onnxprune.prune(chain(1000), target_mac=0.5, proof=False).report
     (folder / "large.html").write_text(page(report.to_json()))
     ok("inspect", DIGITS / "digits.onnx", "--html", folder / "alone.html", "-q")
-    return {name: folder / f"{name}.html" for name in ("small", "large", "alone")}
+    ok("sweep", DIGITS / "digits.onnx", *(f"--target-mac={share}" for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)), "--preset",
+       "a", "--preset", "d", "--data", DIGITS / "digits_eval.npz", "--metric", "top1", "--jobs", "1", "--no-proof", "-q",
+       "--html", folder / "sweep.html")  # fmt: skip
+    return {name: folder / f"{name}.html" for name in ("small", "large", "alone", "sweep")}
 
 
 def shown(browser: Chrome, path: pathlib.Path, width: int, scheme: str = "light") -> None:
@@ -69,22 +72,22 @@ def shown(browser: Chrome, path: pathlib.Path, width: int, scheme: str = "light"
     assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
 
 
-def column(browser: Chrome, number: int) -> list[str]:
-    """Texts of a column of the table of layers, of the rows that show."""
+def column(browser: Chrome, number: int, table: str = "layers") -> list[str]:
+    """Texts of a column of a table, of the rows that show."""
     script = (
-        "return [...document.querySelectorAll('#table-layers tbody tr')].filter(r => !r.hidden)"
+        f"return [...document.querySelectorAll('#table-{table} tbody tr')].filter(r => !r.hidden)"
         f".map(r => r.cells[{number}].querySelector('data')?.value ?? r.cells[{number}].textContent)"
     )
     return list(browser.execute_script(script))
 
 
-def head(browser: Chrome, number: int) -> Any:
-    """The button in the head of a column of the table of layers."""
-    return browser.find_elements(By.CSS_SELECTOR, "#table-layers th")[number].find_element(By.TAG_NAME, "button")
+def head(browser: Chrome, number: int, table: str = "layers") -> Any:
+    """The button in the head of a column of a table."""
+    return browser.find_elements(By.CSS_SELECTOR, f"#table-{table} th")[number].find_element(By.TAG_NAME, "button")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["small", "large", "alone"])
+@pytest.mark.parametrize("name", ["small", "large", "alone", "sweep"])
 def test_the_page_fits_the_window(browser: Chrome, pages: dict[str, pathlib.Path], name: str, width: int) -> None:
     """No console errors, nothing sticks out at the side, and every chart has a size."""
     shown(browser, pages[name], width)
@@ -143,6 +146,22 @@ def test_the_filter_filters(browser: Chrome, pages: dict[str, pathlib.Path]) -> 
     field.send_keys(" ")
     assert len(column(browser, 1)) == 1000
     assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
+
+
+def test_the_runs_of_a_sweep_sort_and_filter(browser: Chrome, pages: dict[str, pathlib.Path]) -> None:
+    """The best run is one click away, what was asked for one word."""
+    shown(browser, pages["sweep"], 1280)
+    heads = [each.text.split()[0] for each in browser.find_elements(By.CSS_SELECTOR, "#table-runs th")]
+    place = heads.index("top1")
+    first = column(browser, place, "runs")
+    assert len(first) == 12
+    browser.execute_script("arguments[0].click()", head(browser, place, "runs"))
+    assert column(browser, place, "runs") == sorted(first, key=float, reverse=True) != first
+    rows = [row.text for row in browser.find_elements(By.CSS_SELECTOR, "#table-runs tbody tr")]
+    browser.find_element(By.CSS_SELECTOR, "#table-runs input").send_keys("60.0")
+    left = column(browser, place, "runs")
+    assert len(left) == sum("60.0" in row for row in rows)
+    assert 0 < len(left) < len(rows)
 
 
 def test_sorting_a_thousand_rows_is_quick(browser: Chrome, pages: dict[str, pathlib.Path]) -> None:

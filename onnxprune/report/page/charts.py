@@ -20,10 +20,10 @@ LOOK: dict[Any, Any] = {
     "text.parse_math": False,  # names may hold $
 }
 COLOURS = {"#000001": "currentColor", "#000002": "var(--before)", "#000003": "var(--after)", "#000004": "var(--line)",
-           "#000005": "var(--bad)"}  # fmt: skip
+           "#000005": "var(--bad)", "#000006": "var(--page)"}  # fmt: skip
 """What is drawn in place of the colours of the page."""
 
-INK, BEFORE, AFTER, LINE, BAD = COLOURS
+INK, BEFORE, AFTER, LINE, BAD, PAGE = COLOURS
 
 Draw = Callable[[Any], None]
 

@@ -79,7 +79,8 @@ def _tiles_before(report: Report) -> list[Html]:
     ]  # fmt: skip
 
 
-def _section(name: str, *content: str | None, about: str | None = None) -> Html:
+def section(name: str, *content: str | None, about: str | None = None) -> Html:
+    """Make a section with its heading, and a line ``about`` it."""
     return tag("section", tag("h2", name), tag("p", about, class_="about") if about else None, *content, id=slug(name))
 
 
@@ -101,7 +102,7 @@ def costs(report: Report) -> Html | None:
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     titles = tag("tr", *(tag("th", head) for head in heads))
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report["input_shapes"].items())
-    return _section(
+    return section(
         "Cost",
         tag("div", tag("table", tag("thead", titles), tag("tbody", *body), class_="plain"), class_="wide"),
         _targets(report),
@@ -123,7 +124,7 @@ def architecture(report: Report) -> Html | None:
     """Where the multiply-accumulates and the weights are."""
     if not report["layers"]:
         return None
-    return _section(
+    return section(
         "Architecture",
         charts.per_layer(report["layers"], after=pruned(report)),
         about="MAC and weights of every layer. Where one is high and the other low, a weight costs many MAC.",
@@ -161,7 +162,7 @@ def layers(report: Report) -> Html | None:
             figure(report, f"{at}.weights_after / {at}.weights_before", "share") if after else None,
         ])  # fmt: skip
     about = "Layers of one colour share their output channels, which live or die together; grey ones cannot shrink."
-    return _section("Channels per layer", table(columns, cells, "layers"), about=about)
+    return section("Channels per layer", table(columns, cells, "layers"), about=about)
 
 
 def _hues(report: Report) -> dict[str, float]:
@@ -206,7 +207,7 @@ def groups(report: Report) -> Html | None:
     about = "Channels with the same place in a group are removed together."
     if after and scored:
         about += " The threshold is the lowest score that stayed; the line shows it among the scores."
-    return _section("Groups", table(columns, cells, "groups"), about=about)
+    return section("Groups", table(columns, cells, "groups"), about=about)
 
 
 def price(report: Report) -> Html | None:
@@ -214,14 +215,14 @@ def price(report: Report) -> Html | None:
     if not report.get("curve"):
         return None
     about = "What each target takes away: the share of all channels' scores that goes with the MAC."
-    return _section("What a target costs", charts.price(report["curve"]), about=about)
+    return section("What a target costs", charts.price(report["curve"]), about=about)
 
 
 def frozen(report: Report) -> Html | None:
     """What cannot be removed, and why."""
     rows = report["frozen"]
     if not rows:
-        return _section("Frozen", tag("p", "Nothing: every channel that an operator reads can go."))
+        return section("Frozen", tag("p", "Nothing: every channel that an operator reads can go."))
     columns = [
         Column("MAC"),
         Column("at", text=True),
@@ -236,7 +237,7 @@ def frozen(report: Report) -> Html | None:
         count = tag("span", str(len(row["layers"])), title="\n".join(row["layers"]))
         cells.append([figure(report, f"frozen.{index}.mac", "count"), breaking(where), row["op"], why, count])
     about = "What no rule can prove stays. MAC are those of the layers concerned; one layer may stand in several rows."
-    return _section("Frozen", table(columns, cells, "frozen"), about=about)
+    return section("Frozen", table(columns, cells, "frozen"), about=about)
 
 
 def quality(report: Report) -> Html | None:
@@ -264,7 +265,7 @@ def quality(report: Report) -> Html | None:
         before, done = probes[0]["before"], []
         about = "Every budget that was tried, on the half of the samples that the search saw."
     drawn = charts.quality(points, metric, before, done)
-    return _section("Quality against MAC", drawn, table(columns, cells, kind), about=about)
+    return section("Quality against MAC", drawn, table(columns, cells, kind), about=about)
 
 
 def compensation(report: Report) -> Html | None:
@@ -284,7 +285,7 @@ def compensation(report: Report) -> Html | None:
     about = (
         f"Squared error of each layer's output against the original's, before and after its weights were fitted{held}."
     )
-    return _section("Compensation", table(columns, cells, "compensation"), about=about)
+    return section("Compensation", table(columns, cells, "compensation"), about=about)
 
 
 def pictures(report: Report) -> Html | None:
@@ -313,7 +314,7 @@ def pictures(report: Report) -> Html | None:
         what = join(". Difference: root mean square ", rms, ", largest ", largest)
         shown += [tag("p", where, what), tag("div", *images, class_="strip")]
     about = "Where the outputs differ most on the first 64 samples: of each sample the worst window."
-    return _section("Pictures", *shown, about=about)
+    return section("Pictures", *shown, about=about)
 
 
 def reproduce(report: Report) -> Html | None:
@@ -323,14 +324,18 @@ def reproduce(report: Report) -> Html | None:
     facts += [(f"{name} version", text) for name, text in (report.get("environment") or {}).items()]
     facts += [(f"option {name}", str(text)) for name, text in report["options"].items()]
     facts += [(f"time of {name}", f"{seconds:.2f} s") for name, seconds in report["timings"].items()]
-    command = report.get("command")
+    return reproduction(report.get("command"), facts)
+
+
+def reproduction(command: str | None, facts: Sequence[tuple[str, str]]) -> Html:
+    """The section that holds a command, and facts behind a click."""
     rows = [tag("tr", tag("th", name, scope="row"), tag("td", text)) for name, text in facts]
-    facts_table = tag("table", tag("tbody", *rows), class_="plain facts")
-    return _section(
+    return section(
         "Reproduce",
         tag("pre", tag("code", command)) if command else None,
-        tag("details", tag("summary", "versions, hashes, options, times"), facts_table),
-    )
+        tag("details", tag("summary", "versions, hashes, options, times"),
+            tag("table", tag("tbody", *rows), class_="plain facts")),
+    )  # fmt: skip
 
 
 SECTIONS: tuple[Section, ...] = (
