@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -59,7 +60,7 @@ def summary(console: Console, report: Report, *, verbose: bool = False, verb: st
     frozen(console, report.frozen, limit=None if verbose else 3)
     console.print()
     for line in _facts(report):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _line(console, line)
     if report.output.get("path"):
         console.print(f"{verb:9}{report.output['path']}", highlight=False, markup=False, soft_wrap=True)
 
@@ -76,7 +77,7 @@ def inspection(console: Console, report: Report, *, verbose: bool = False) -> No
     groups(console, report.groups, limit=None if verbose else 40, members=verbose)
     frozen(console, report.frozen, limit=None if verbose else 12)
     for note in report.notes:
-        console.print(f"note     {note}", highlight=False, markup=False, soft_wrap=True)
+        _line(console, f"note     {note}")
 
 
 def tree(console: Console, report: Report, *, verbose: bool = False) -> None:
@@ -84,7 +85,7 @@ def tree(console: Console, report: Report, *, verbose: bool = False) -> None:
     for line in lines(report.layers, report.before["mac"], console.width, number):
         console.print(line, highlight=False, markup=False, no_wrap=True, crop=False, soft_wrap=True)
     for note in report.notes if verbose else ():
-        console.print(f"note     {note}", highlight=False, markup=False, soft_wrap=True)
+        _line(console, f"note     {note}")
 
 
 def difference(console: Console, found: Difference, *, verbose: bool = False) -> None:
@@ -195,7 +196,7 @@ def sweep(console: Console, rows: Sequence[Row]) -> None:
     console.print(table)
     for (model, error), times in Counter((row.model, row.error) for row in rows if not row.ok).items():
         runs = f" ({times} runs)" if times > 1 else ""
-        console.print(f"failed   {model}{runs}: {error}", highlight=False, markup=False, soft_wrap=True)
+        _line(console, f"failed   {model}{runs}: {error}")
 
 
 def sensitivity(console: Console, table: SensitivityTable) -> None:
@@ -228,9 +229,9 @@ def sensitivity(console: Console, table: SensitivityTable) -> None:
     console.print(shown if by_group else "nothing can be pruned; onnxprune inspect says why")
     for (group, note), times in Counter((row.group, row.note) for row in table.rows if row.note).items():
         of = f" ({times} shares)" if times > 1 else ""
-        console.print(f"note     {group}{of}: {note}", highlight=False, markup=False, soft_wrap=True)
+        _line(console, f"note     {group}{of}: {note}")
     for note in table.notes:
-        console.print(f"note     {note}", highlight=False, markup=False, soft_wrap=True)
+        _line(console, f"note     {note}")
 
 
 def _sensitive(rows: Mapping[float, SensitivityRow], shares: Sequence[float]) -> tuple[float, ...]:
@@ -315,6 +316,15 @@ def _table(console: Console, *columns: str, align: str = "l") -> Table:
 def _add(table: Table, *cells: str) -> None:
     """Add a row of names as they are: a bracket in one is no markup."""
     table.add_row(*map(escape, cells))
+
+
+def _line(console: Console, line: str) -> None:
+    """Print a fact behind its word; on a terminal it is broken between words, in a pipe it stays one line."""
+    if console.is_terminal:
+        line = textwrap.fill(
+            line, console.width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+        )
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(console: Console, title: str, table: Table, total: int, limit: int | None) -> None:
