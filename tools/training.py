@@ -36,7 +36,7 @@ CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet20": {
-        "epochs": 20, "batch": 128, "learning_rate": 1e-3, "pad": 4, "flip": "horizontal", "loss": "none", "features": 1.0,
+        "epochs": 48, "batch": 128, "learning_rate": 1e-3, "pad": 4, "flip": "horizontal", "features": 1.0,
         "ema": 0.99,
     },
     "dncnn": {
