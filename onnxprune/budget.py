@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from onnxprune.errors import BudgetError
+from onnxprune.latency import MICROSECONDS
 from onnxprune.report import Target
 
 
@@ -16,9 +17,11 @@ class Budget:
     Attributes
     ----------
     targets
-        Requested value per kind (``mac``, ``params``, ``bandwidth``, ``size``): at most 1 is a share, more is absolute.
+        Requested value per kind (``mac``, ``params``, ``bandwidth``, ``size``, ``latency``): at most 1 is a share, more
+        is absolute, latency in microseconds.
     before
-        Cost of the original per kind of :data:`onnxprune.cost.KINDS`.
+        Cost of the original per kind of :data:`onnxprune.cost.KINDS`. Where it has ``effective_mac``, a target of MAC holds
+        for those, too: the same share of what the hardware computes.
     overhead
         Bytes of the file besides its constants, which no pruning removes.
     """
@@ -36,10 +39,19 @@ class Budget:
         """Cost of the original, in the unit of an absolute target."""
         return self._of(kind, self.before)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every kind that is limited."""
+        return (*self.targets, *(["effective_mac"] if "mac" in self.targets and "effective_mac" in self.before else []))
+
     def limit(self, kind: str) -> float:
         """Largest cost that meets a target."""
+        if kind == "effective_mac":
+            return self.limit("mac") / self.whole("mac") * self.whole(kind)
         value = self.targets[kind]
-        return value * self.whole(kind) if value <= 1 else value
+        if value <= 1:
+            return value * self.whole(kind)
+        return value / MICROSECONDS if kind == "latency" else value
 
     @property
     def met(self) -> bool:
@@ -52,24 +64,31 @@ class Budget:
             "bytes" if kind == "size" else kind: self.limit(kind)
             - (self.overhead if kind == "size" else 0)
             - less.get(kind, 0)
-            for kind in self.targets
+            for kind in self.kinds
         }
 
     def rows(self, after: Mapping[str, float], floor: Mapping[str, float]) -> tuple[Target, ...]:
-        """How far every target was reached, the binding one first."""
+        """How far every target was reached, the binding one first; effective MAC, which nobody asked for by name, last."""
         rows = []
-        for kind, requested in self.targets.items():
-            unit = self.whole(kind) if requested <= 1 else 1.0
-            achieved, least = self._of(kind, after) / unit, self._of(kind, floor) / unit
-            rows.append(Target(kind, requested, achieved, least, requested <= 1))
-        return tuple(sorted(rows, key=lambda row: -row.achieved / row.requested))
+        for kind in self.kinds:
+            share = self.targets["mac" if kind == "effective_mac" else kind] <= 1
+            unit = self.whole(kind) if share else 1.0
+            requested, achieved, least = (
+                value / unit for value in (self.limit(kind), self._of(kind, after), self._of(kind, floor))
+            )
+            rows.append(
+                Target(
+                    kind, self.targets[kind] if share and kind in self.targets else requested, achieved, least, share
+                )
+            )
+        return tuple(sorted(rows, key=lambda row: (row.kind not in self.targets, -row.achieved / row.requested)))
 
     def out_of_reach(self, error: BudgetError, floor: Mapping[str, float]) -> BudgetError:
         """Say in the user's own units what was asked, what remains and what costs most there."""
-        kind = next((k for k in self.targets if self._of(k, floor) > self.limit(k)), next(iter(self.targets)))
-        whole, least = self.whole(kind), self._of(kind, floor)
+        kind = next((k for k in self.kinds if self._of(k, floor) > self.limit(k)), next(iter(self.targets)))
+        whole, least, name = self.whole(kind), self._of(kind, floor), kind.replace("_", " ")
         message = (
-            f"target out of reach: {100 * self.limit(kind) / whole:.4g} % of the original's {kind} requested, but "
+            f"target out of reach: {100 * self.limit(kind) / whole:.4g} % of the original's {name} requested, but "
             f"{100 * least / whole:.4g} % remains with everything removed that may be; most MAC then in "
             f'{", ".join(error.culprits) or "no layer"}. See "onnxprune inspect" for what is frozen and why; another '
             "--preset or fewer limits may help"

@@ -19,6 +19,7 @@ from onnxprune.passes.allocate import allocate
 from onnxprune.passes.calibrate import Feeds, calibrate, n_samples
 from onnxprune.passes.rank import by_activation, rank
 from onnxprune.passes.score import Scores, score
+from onnxprune.passes.select import PRESETS, removals
 from onnxprune.passes.sensitivities import Sensitivities
 from onnxprune.passes.weigh import weigh
 from onnxprune.runtime import one_blas_thread
@@ -128,7 +129,9 @@ def score_channels(
             loaded_proto, coupling, consumers, rankings, feeds, macs=macs, provider=options.provider,
             progress=lambda done, total: progress("weigh", done, total),
         )  # fmt: skip
-    order = allocate(cost, rankings, weights, kinds, per_cost=allocation != "error")
+    limits = options.limits(coupling)
+    blocks = [removals(r.bundle, PRESETS["a"], limits) for r in rankings] if limits.in_blocks else None
+    order = allocate(cost, rankings, weights, kinds, per_cost=allocation != "error", cuts=blocks)
     value = np.zeros(coupling.n_classes)
     for ranking, weight in zip(rankings, weights, strict=True):
         value[ranking.units] = (ranking.errors * weight)[:, None]

@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from onnxprune import onnx_io, pipeline, quality, report
+from onnxprune import profile as profiles
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
 from onnxprune.metrics import METRICS
 from onnxprune.options import COMPENSATE, MEASURED, Options, silent
 from onnxprune.options import Progress as RunProgress
-from onnxprune.parameters import Amount, InputShape, Numbers
+from onnxprune.parameters import Amount, InputShape, Numbers, Time
 from onnxprune.passes.allocate import ALLOCATIONS
 from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import NAMES
@@ -133,6 +134,8 @@ def _select_options(command: Callable) -> Callable:
             click.option("--criterion", default="auto", show_default=True,
                          help=f"What makes a channel important: {', '.join((*MEASURED, *NAMES))}; auto is obs where "
                               "there is calibration data, else l2."),
+            click.option("--profile", default="", metavar="NAME|FILE.toml",
+                         help=f"Hardware that channel counts are for: {', '.join(profiles.names())}, or a file of yours."),
             click.option("--align", type=click.IntRange(1), default=1, help="Kept channels are a multiple of N."),
             click.option("--min-channels", type=click.IntRange(1), default=1, help="Least number of channels per group."),
             click.option("--max-prune", type=click.FloatRange(0, 1), default=1.0, help="Largest share to remove per group."),
@@ -147,6 +150,17 @@ def _select_options(command: Callable) -> Callable:
 
 
 def _target_options(command: Callable) -> Callable:
+    command = click.option(
+        "--latency-table",
+        type=click.Path(),
+        default="",
+        help="CSV of the target's latencies (layer,inputs,outputs,ms); nothing is measured here.",
+    )(command)
+    command = click.option(
+        "--target-latency",
+        type=Time(),
+        help="Share of latency to keep (at most 1), or a time (12ms); measured in onnxruntime.",
+    )(command)
     for kind, what in (("size", "file size"), ("bandwidth", "bandwidth"), ("params", "parameters"), ("mac", "MAC")):
         text_ = f"Share of {what} to keep (at most 1), or an absolute amount (K, M, G, T)."
         command = click.option(f"--target-{kind}", type=Amount(), help=text_)(command)
@@ -245,7 +259,10 @@ def prune(model: str, out: str, **given: Any) -> None:
             raise UsageError(
                 "no target; give one, for example --target-mac 0.6, or a guard (--data, --metric, --max-drop) to search by"
             )
-        reads = [model, *(path for path in (given["calib"], given["data"], given["sensitivity"]) if path)]
+        reads = [
+            model,
+            *(path for path in (given["calib"], given["data"], given["sensitivity"], given["latency_table"]) if path),
+        ]
         _check_writes(given, reads, [out, given["json_path"], given["html_path"], given["plan_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         reading, notes = _reading(given), list[str]()
@@ -277,7 +294,7 @@ def prune(model: str, out: str, **given: Any) -> None:
         del result
         if given["plan_out"]:
             onnx_io.write(given["plan_out"], json.dumps(plan.to_json(), indent=1).encode())
-        if given["latency"]:
+        if given["latency"] and done.latency_ms is None:
             done = quality.with_latency(done, options.provider)
         _finish(console, done, given, text.summary)
         if failed:

@@ -123,12 +123,39 @@ class Contraction:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """Multiply-accumulates of a node: ``factor`` times the kept length of every axis; ``weight`` is its weight's input."""
+    """Multiply-accumulates of a node: ``factor`` times the kept length of every axis; ``weight`` is its weight's input.
+
+    Attributes
+    ----------
+    channels
+        What hardware sees as its channels; None where it is not known.
+    """
 
     node: Node
     axes: tuple[Axis, ...]
     factor: float
     weight: int | None
+    channels: Channels | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Channels:
+    """Channels of an operator that multiplies and accumulates.
+
+    Attributes
+    ----------
+    kind
+        Conv, ConvTranspose, MatMul or Recurrent: what hardware tells apart.
+    inputs, outputs
+        Axes of all its input channels and of all its output channels.
+    summed
+        The part of ``inputs`` that one output channel sums over: fewer in a grouped convolution.
+    """
+
+    kind: str
+    inputs: Axis
+    outputs: Axis
+    summed: Axis
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -358,9 +385,12 @@ class Ledger:
             self.freeze([self.input(node, index).axes[axis]], "a weight is computed from all of it", node.inputs[index])
         self.contractions.append(Contraction(node, index, axis, redefined, state))
 
-    def work(self, node: Node, axes: Sequence[Axis], factor: float = 1, weight: int | None = None) -> None:
+    def work(
+        self, node: Node, axes: Sequence[Axis], factor: float = 1, weight: int | None = None,
+        channels: Channels | None = None,
+    ) -> None:  # fmt: skip
         """Record the node's multiply-accumulates as a product over axes."""
-        self.works.append(Work(node, tuple(axes), factor, weight))
+        self.works.append(Work(node, tuple(axes), factor, weight, channels))
 
     def attend(self, heads: Iterable[Axis], dims: Iterable[Axis]) -> None:
         """Record that the indices of some axes are heads of attention, and those of others its dimensions."""

@@ -6,17 +6,21 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
 
+from onnxprune import profile as profiles
 from onnxprune import runtime
+from onnxprune.coupling import Coupling
 from onnxprune.errors import UsageError
+from onnxprune.passes.align import permitted
 from onnxprune.passes.allocate import ALLOCATIONS
 from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import check_criterion
 from onnxprune.passes.select import PRESETS, Limits
+from onnxprune.profile import Profile
 
 ModelLike = str | os.PathLike | onnx.ModelProto
 Progress = Callable[[str, int, int], None]
@@ -38,9 +42,15 @@ class Options:
     Attributes
     ----------
     targets
-        Budget per kind (``mac``, ``params``, ``bandwidth``, ``size``): at most 1 is a share, more is absolute.
+        Budget per kind (``mac``, ``params``, ``bandwidth``, ``size``, ``latency``): at most 1 is a share, more is absolute,
+        latency in microseconds.
     criterion
         ``auto`` is ``obs`` where there is calibration data, else ``l2``.
+    profile
+        Hardware that channel counts are for: a name, or a TOML file (:mod:`onnxprune.profile`). Where latency is measured
+        and nothing is chosen: blocks of this machine's onnxruntime.
+    latency_table
+        CSV file with latencies of layers on the target (:mod:`onnxprune.latency`), instead of measuring here.
     calib
         Calibration data: a path, arrays by input name with samples on axis 0, or a list of feeds.
     calib_memory
@@ -56,6 +66,8 @@ class Options:
     targets: Mapping[str, float] = field(default_factory=dict)
     preset: str = "d"
     criterion: str = "auto"
+    profile: str = ""
+    latency_table: str = ""
     align: int = 1
     min_channels: int = 1
     max_prune: float = 1.0
@@ -85,6 +97,8 @@ class Options:
             raise UsageError("align and min_channels are at least 1, max_prune lies between 0 and 1")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed}: must be 0 or more")
+        if self.profile:
+            profiles.load(self.profile)
         runtime.check_provider(self.provider)
         if self.criterion not in ("auto", *MEASURED):
             check_criterion(self.criterion)
@@ -99,6 +113,8 @@ class Options:
             raise UsageError(f"--sensitivity {self.sensitivity} goes with criterion obs, which needs --calib")
         if self.calib_memory < 1 << 20:
             raise UsageError(f"calib-memory {self.calib_memory}: give at least 1M")
+        if self.latency_table and "latency" not in self.targets:
+            raise UsageError("--latency-table goes with --target-latency")
         for kind, value in self.targets.items():
             if not value > 0 or value == float("inf"):
                 raise UsageError(f"target {kind} {value}: must be a share in (0, 1] or an absolute number above 1")
@@ -117,9 +133,23 @@ class Options:
         return "none" if self.calib is None else "least-squares"
 
     @property
-    def limits(self) -> Limits:
-        """The options that limit every group."""
-        return Limits(self.align, self.min_channels, self.max_prune)
+    def hardware(self) -> Profile | None:
+        """The profile, read."""
+        if self.profile or not self.in_blocks_here:
+            return profiles.load(self.profile) if self.profile else None
+        known = profiles.load("ort-cpu")
+        return replace(known, multiples={"*": (runtime.BLOCK, runtime.BLOCK)})
+
+    @property
+    def in_blocks_here(self) -> bool:
+        """Whether channels are kept in this machine's blocks, because its latency is measured and nobody said otherwise."""
+        return "latency" in self.targets and not (self.profile or self.latency_table or self.align > 1)
+
+    def limits(self, coupling: Coupling) -> Limits:
+        """What the options and the profile allow."""
+        hardware = self.hardware
+        counts = permitted(coupling, hardware) if hardware else {}
+        return Limits(self.align, self.min_channels, self.max_prune, counts)
 
 
 class Clock:

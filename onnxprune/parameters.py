@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from onnxprune import latency
+from onnxprune.errors import UsageError
+
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -26,6 +29,21 @@ class Amount(click.ParamType):
         if not 0 < amount < float("inf"):
             self.fail(f"{value!r} must be above 0", param, ctx)
         return amount
+
+
+class Time(click.ParamType):
+    """A share (at most 1), or a time: see :func:`onnxprune.latency.parse`."""
+
+    name = "share|time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse ``0.7`` or ``12ms``; a number above 1 is one that was parsed already."""
+        if isinstance(value, float) and value > 1:
+            return value
+        try:
+            return latency.parse(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 class InputShape(click.ParamType):

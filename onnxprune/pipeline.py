@@ -23,8 +23,13 @@ from onnxprune.calibration import load_feeds, score_channels
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, UsageError
+from onnxprune.labels import length
+from onnxprune.latency import parse as parse_latency
+from onnxprune.latency import read_tables, with_latency
+from onnxprune.memory import peak_memory
 from onnxprune.model import Model
 from onnxprune.options import Clock, ModelLike, Options, Progress, silent
+from onnxprune.passes.align import foreign
 from onnxprune.passes.apply import apply as apply_plan
 from onnxprune.passes.calibrate import Feeds
 from onnxprune.passes.compensate import Compensation, Mode, compensate
@@ -35,6 +40,9 @@ from onnxprune.passes.select import PRESETS, lowest, prices, select
 from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan
 from onnxprune.prepare import inline, prepare
 from onnxprune.report import Report
+from onnxprune.runtime import BLOCK
+from onnxprune.stopwatch import Race, fit, measure_tables
+from onnxprune.stopwatch import Result as Timing
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Loaded:
     sha256: str
     coupling: Coupling
     cost: Cost
+    race: Race | None = None
     prepared: tuple[str, ...] = ()
 
     def notes(self, pruned: onnx.ModelProto) -> tuple[str, ...]:
@@ -93,9 +102,9 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
         flat, graph = _read_flat(proto, shapes)
         attention = options.attention if plan is None else plan.attention
         coupling = couple(graph, options.ignore, options.only, attention)
-        cost = Cost(coupling)
+        cost = Cost(coupling, options.hardware)
     called = source if inlined is not source and proto is inlined else None
-    return Loaded(source, proto, flat, called, path, digest, coupling, cost, prepared)
+    return Loaded(source, proto, flat, called, path, digest, coupling, cost, None, prepared)
 
 
 def _read_flat(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> tuple[onnx.ModelProto, Model]:
@@ -132,7 +141,8 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     model
         A path or a ModelProto; neither is changed.
     chosen
-        Fields of :class:`Options`, and ``target_mac``, ``target_params``, ``target_bandwidth``, ``target_size``.
+        Fields of :class:`Options`, and ``target_mac``, ``target_params``, ``target_bandwidth``, ``target_size``,
+        ``target_latency``.
 
     Raises
     ------
@@ -159,30 +169,74 @@ class Ready:
 
 def ready(model: ModelLike, options: Options, clock: Clock, progress: Progress = silent) -> Ready:
     """Read, couple, calibrate and score."""
-    loaded = load(model, options, clock)
-    every = np.ones(loaded.coupling.n_classes, bool)
+    loaded, timing = load(model, options, clock), tuple[str, ...]()
+    if "latency" in options.targets:
+        with clock.stage("measure"):
+            loaded, timing = timed(loaded, options, progress)
     kinds = ["bytes" if kind == "size" else kind for kind in options.targets] or ["mac"]
     with clock.stage("score"):
-        if Budget(options.targets, loaded.cost.of(every), 0).met and options.targets and "size" not in options.targets:
-            return Ready(loaded, score(loaded.coupling, "l2", options.seed), (), {}, ())  # nothing will be removed
+        if Budget(options.targets, _before(loaded), 0).met and options.targets and "size" not in options.targets:
+            return Ready(loaded, score(loaded.coupling, "l2", options.seed), (), {}, timing)  # nothing will be removed
         feeds, notes = load_feeds(loaded.coupling, options)
         scores, facts = score_channels(
             loaded.flat, loaded.coupling, loaded.cost, options, feeds, kinds, progress, loaded.sha256
         )
-    return Ready(loaded, scores, feeds, facts, notes)
+    return Ready(loaded, scores, feeds, facts, (*notes, *timing))
+
+
+def _before(loaded: Loaded) -> dict[str, float]:
+    """Cost of the original of every kind that can be budgeted."""
+    every = np.ones(loaded.coupling.n_classes, bool)
+    return {**loaded.cost.of(every), **_latency(loaded, every)}
+
+
+def _latency(loaded: Loaded, keep: np.ndarray) -> dict[str, float]:
+    """Milliseconds as the tables predict them, where there are any."""
+    cost = loaded.cost
+    return {"latency": cost.total("latency", cost.counts(keep))} if "latency" in cost.kinds else {}
+
+
+def timed(loaded: Loaded, options: Options, progress: Progress) -> tuple[Loaded, tuple[str, ...]]:
+    """Make latency a cost of a model, from the user's table or by measuring; also say what was decided."""
+    cost = loaded.cost
+    if options.latency_table:
+        tables, lacking = read_tables(options.latency_table, cost)
+        note = f"latency is what {options.latency_table} predicts; nothing was measured"
+        more = f"; it lacks {len(lacking)} layers, {lacking[0]} among them" if lacking else ""
+        return replace(loaded, cost=with_latency(cost, tables, None)), (note + more,)
+    race = Race(loaded.source, loaded.coupling.model.input_shapes, options.provider)
+    hardware = options.hardware
+
+    def block(kind: str) -> tuple[int, int]:
+        sides = hardware.multiple(kind) if hardware else (1, 1)
+        return (max(sides[0], BLOCK), max(sides[1], BLOCK))
+
+    found = measure_tables(
+        loaded.flat, cost, loaded.sha256, block, provider=options.provider,
+        progress=lambda done, total: progress("measure", done, total),
+    )  # fmt: skip
+    notes = (f"channels are kept in {BLOCK}s, as onnxruntime computes them here (--profile chooses)",)
+    timed_cost = with_latency(cost, found, race.alone())
+    return replace(loaded, cost=timed_cost, race=race), notes if options.in_blocks_here else ()
 
 
 def finish(run: Ready, options: Options, clock: Clock, progress: Progress = silent) -> Result:
     """Select, apply, prove and compensate: what differs from one budget to the next."""
     loaded, scores = run.loaded, run.scores
-    coupling, cost = loaded.coupling, loaded.cost
+    coupling = loaded.coupling
     every = np.ones(coupling.n_classes, bool)
-    before = cost.of(every)
+    before = _before(loaded)
     # Asking a protobuf for its size serialises it, so only a size target pays for that.
     overhead = loaded.proto.ByteSize() - before["bytes"] if "size" in options.targets else 0
     budget = Budget(options.targets, before, overhead)
     with clock.stage("select"):
-        keep = every if budget.met else _select_to_fit(loaded, scores, budget, options)
+        raced = None
+        if budget.met:
+            keep = every
+        elif loaded.race is None:
+            keep = _select_to_fit(loaded, scores, budget, options)
+        else:
+            keep, raced = _select_in_time(loaded, loaded.race, scores, budget, options)
         plan = replace(make_plan(coupling, keep, loaded.sha256), attention=options.attention)
     fitted = Compensation()
     if budget.met:
@@ -198,17 +252,30 @@ def finish(run: Ready, options: Options, clock: Clock, progress: Progress = sile
         after["params"] = onnx_io.n_params(pruned)
     if "size" in options.targets:
         after["bytes"] = pruned.ByteSize() - overhead
-    targets = budget.rows(after, floor(loaded, options))
-    notes = (*loaded.notes(pruned), *run.notes)
+    timed_after = {"latency": raced.ratio * before["latency"]} if raced else _latency(loaded, keep)
+    targets = budget.rows({**after, **timed_after}, floor(loaded, options))
+    notes = (*loaded.notes(pruned), *run.notes, *_foreign(loaded, options))
     if budget.met:
         notes = (*notes, "the model already meets the target; nothing was removed")
     elif options.calib is None:
         notes = (*notes, HINT)
     done = replace(
         described, after=after, targets=targets, proof=proof, notes=notes, facts=run.facts,
+        latency_ms=None if raced is None else (raced.before, raced.after),
         compensation=fitted if fitted.solved else None, weights="changed" if fitted.values or fitted.added else "exact",
     )  # fmt: skip
     return Result(pruned, plan, done)
+
+
+def _foreign(loaded: Loaded, options: Options) -> tuple[str, ...]:
+    """Say what a hard profile does not take of the model as it is."""
+    hardware = options.hardware
+    found = foreign(loaded.coupling, hardware) if hardware and hardware.hard else []
+    if not found:
+        return ()
+    shown = [f"{d.work.node.title} ({length(d.axis)} {'outputs' if d.side else 'inputs'})" for d in found[:3]]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return (f"{options.profile} does not take the channels of {', '.join(shown)}{more} as they are in the model",)
 
 
 HINT = "64 real inputs without labels (--calib) would keep far more quality than weights alone can tell"
@@ -253,10 +320,11 @@ def _select_to_fit(loaded: Loaded, scores: Scores, budget: Budget, options: Opti
     """Select; where copies of shared vectors make the file larger than its terms say, select again with that much less."""
     less: dict[str, float] = {}
     coupling, cost = loaded.coupling, loaded.cost
+    allowed = options.limits(coupling)
     while True:
         try:
             limits = budget.limits(less)
-            keep = select(coupling, cost, scores, limits, PRESETS[options.preset], options.limits).keep
+            keep = select(coupling, cost, scores, limits, PRESETS[options.preset], allowed).keep
         except BudgetError as error:
             raise budget.out_of_reach(error, floor(loaded, options)) from error
         if budget.targets.keys() <= {"mac", "bandwidth"}:
@@ -271,6 +339,21 @@ def _select_to_fit(loaded: Loaded, scores: Scores, budget: Budget, options: Opti
         less = {kind: less.get(kind, 0) + max(0, excess) for kind, excess in over.items()}
 
 
+def _select_in_time(
+    loaded: Loaded, race: Race, scores: Scores, budget: Budget, options: Options
+) -> tuple[np.ndarray, Timing]:
+    """Select so that what is measured end to end meets the target; the tables only say where to look."""
+
+    def choose(predicted: float) -> np.ndarray:
+        closer = replace(budget, targets={**budget.targets, "latency": predicted})
+        return _select_to_fit(loaded, scores, closer, options)
+
+    def measure(keep: np.ndarray) -> Timing:
+        return race.run(_apply(loaded, make_plan(loaded.coupling, keep), keep))
+
+    return fit(choose, measure, budget.limit("latency") / budget.whole("latency"))
+
+
 def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> Report:
     """Describe a model: cost per layer, groups, what is frozen and why, the reachable floor."""
     options = options or options_from(chosen)
@@ -280,9 +363,10 @@ def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> 
         scores = score(loaded.coupling, options.criterion_for(False), options.seed)
     every = np.ones(loaded.coupling.n_classes, bool)
     described = describe(loaded, options, every, scores.value, clock)
-    found = prices(loaded.coupling, loaded.cost, scores, PRESETS[options.preset], options.limits)
+    found = prices(loaded.coupling, loaded.cost, scores, PRESETS[options.preset], options.limits(loaded.coupling))
     curve = tuple(report.Price(mac, lost) for mac, lost in found)
-    return replace(described, curve=curve, notes=(*loaded.prepared, *loaded.coupling.model.notes))
+    notes = (*loaded.prepared, *loaded.coupling.model.notes, *_foreign(loaded, options))
+    return replace(described, curve=curve, notes=notes)
 
 
 def apply(
@@ -353,7 +437,8 @@ def keep_under(loaded: Loaded, plan: Plan) -> np.ndarray:
 def describe(loaded: Loaded, options: Options, keep: np.ndarray, scores: np.ndarray, clock: Clock) -> Report:
     """Put down everything that is known about a model under ``keep`` (bool per class)."""
     cost, every = loaded.cost, np.ones(len(keep), bool)
-    before = cost.of(every)
+    least = floor(loaded, options)
+    before = cost.of(every) | {"peak_memory": peak_memory(loaded.coupling, every)}
     return Report(
         version=version("onnxprune"),
         options=_told(options),
@@ -361,11 +446,11 @@ def describe(loaded: Loaded, options: Options, keep: np.ndarray, scores: np.ndar
         output={"path": None, "sha256": None},
         input_shapes=loaded.coupling.model.input_shapes,
         before=before,
-        after=cost.of(keep),
+        after=cost.of(keep) | {"peak_memory": peak_memory(loaded.coupling, keep)},
         groups=report.group_rows(cost, keep, scores),
         layers=report.layers(cost, keep),
         frozen=report.frozen_rows(cost),
-        floor={kind: value / before[kind] if before[kind] else 1.0 for kind, value in floor(loaded, options).items()},
+        floor={kind: least[kind] / value if value else 1.0 for kind, value in before.items() if kind in least},
         timings=clock.timings(),
     )
 
@@ -380,7 +465,7 @@ def _told(options: Options) -> dict[str, Any]:
 
 def floor(loaded: Loaded, options: Options) -> dict[str, float]:
     """Lowest reachable cost of every kind under the options' preset and limits."""
-    return lowest(loaded.coupling, loaded.cost, PRESETS[options.preset], options.limits)
+    return lowest(loaded.coupling, loaded.cost, PRESETS[options.preset], options.limits(loaded.coupling))
 
 
 def write(result: Result, model: ModelLike, out: str | os.PathLike, *, force: bool = False) -> Report:
@@ -493,7 +578,13 @@ def _run_whole(loaded: Loaded, pruned: onnx.ModelProto) -> None:
 
 def options_from(chosen: Mapping[str, Any]) -> Options:
     targets = {
-        key[7:]: float(value) for key, value in chosen.items() if key.startswith("target_") and value is not None
+        key[7:]: value
+        if isinstance(value, int | float)
+        else parse_latency(value)
+        if key == "target_latency"
+        else float(value)
+        for key, value in chosen.items()
+        if key.startswith("target_") and value is not None
     }
     rest = {key: value for key, value in chosen.items() if not key.startswith("target_")}
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +22,21 @@ from onnxprune.protos import bodies, is_float
 
 onnxruntime.set_default_logger_severity(4)
 
+
+def _flags() -> frozenset[str]:
+    """What this machine's processor can do, as Linux tells it; nothing elsewhere."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(word for line in lines if line.startswith("flags") for word in line.split())
+
+
 VERSION: str = onnxruntime.__version__
 """Of onnxruntime, whichever of its packages is installed."""
+
+BLOCK: int = 16 if "avx512f" in _flags() else 8
+"""Channels in a block of onnxruntime's layout for convolutions on this machine (MlasNchwcGetBlockSize)."""
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -119,6 +135,49 @@ class Session:
             return self._session.run(outputs, dict(feeds))
         except Exception as error:
             raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+    def seconds(self, feeds: Mapping[str, np.ndarray]) -> float:
+        """Run once; wall-clock seconds."""
+        begin = time.perf_counter()
+        self.run(feeds)
+        return time.perf_counter() - begin
+
+
+class KernelClock:
+    """A model of one layer, and the time its operators take; what changes the layout of tensors around it is left out."""
+
+    def __init__(self, model: bytes, provider: str = "", threads: int = 0) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="onnxprune.")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads or _limit.get()
+        options.enable_profiling = True
+        options.profile_file_prefix = f"{self._folder.name}/kernels"
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=providers(provider))
+            shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
+            dtypes = {i.name: np.dtype(_DTYPES.get(i.type, np.float32)) for i in self._session.get_inputs()}
+            self._feeds = random_feeds({name: (shapes[name], dtypes[name]) for name in shapes}, shapes)
+        except Exception as error:  # as in Session
+            raise ModelError(f"onnxruntime cannot load the layer: {_first_line(error)}") from error
+        self._runs = 0
+
+    def run(self) -> None:
+        """Run once."""
+        try:
+            self._session.run(None, self._feeds)
+        except Exception as error:
+            raise ModelError(f"onnxruntime cannot run the layer: {_first_line(error)}") from error
+        self._runs += 1
+
+    def ms(self) -> np.ndarray:
+        """Milliseconds of every run so far, float64 ``(n_runs,)``; the clock cannot run after that."""
+        events = json.loads(pathlib.Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        self._folder.cleanup()
+        kernels = [e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith("_kernel_time")]
+        taken = [e["dur"] / 1e3 for e in kernels if not str(e["args"].get("op_name", "")).startswith("Reorder")]
+        return np.array(taken, np.float64).reshape(self._runs, -1).sum(1)
 
 
 @contextmanager

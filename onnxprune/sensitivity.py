@@ -202,9 +202,10 @@ def _planned(loaded: Loaded, options: Options, shares: Sequence[float]) -> Itera
     coupling, cost = loaded.coupling, loaded.cost
     every = np.ones(coupling.n_classes, bool)
     whole = max(cost.total("mac", cost.counts(every)), 1.0)
+    limits = options.limits(coupling)
     called = {group.id: named.name for group, named in zip(coupling.groups, names(cost), strict=True)}
     for bundle in coupling.bundles:
-        possible = removals(bundle, PRESETS["a"], options.limits)
+        possible = removals(bundle, PRESETS["a"], limits)
         left = bundle.size - np.array(possible) * bundle.unit
         for share in sorted(set(map(float, shares)), reverse=True):
             removed = possible[int(np.argmin(np.abs(left - share * bundle.size)))]

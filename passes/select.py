@@ -7,12 +7,13 @@ Threshold of group g = lambda * e(g)^alpha * balance(g). All channels are theref
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from math import ceil
 
 import numpy as np
 
-from onnxprune.cost import KINDS, Cost
+from onnxprune.cost import Cost
 from onnxprune.coupling import Bundle, Coupling, Group
 from onnxprune.errors import BudgetError
 from onnxprune.passes.score import Scores
@@ -48,11 +49,19 @@ class Limits:
         Kept channels of a group are a multiple of this, or all of them.
     min_channels, max_prune
         Least number to keep and largest share to remove, per group.
+    permitted
+        Of bundles, by the id of their first group: whether so many units may go, as ``passes.align`` finds it.
     """
 
     align: int = 1
     min_channels: int = 1
     max_prune: float = 1.0
+    permitted: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether channels go in blocks."""
+        return self.align > 1 or any(not mask.all() for mask in self.permitted.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +88,7 @@ def select(
         Frozen layers and limits alone exceed the budget.
     """
     n = coupling.n_classes
-    channels, ends, owner = _ordered(coupling, cost, scores, preset, limits)
+    channels, ends, owner, losses = _ordered(coupling, cost, scores, preset, limits)
 
     def kept(n_units: int) -> np.ndarray:
         keep = np.ones(n, bool)
@@ -101,7 +110,11 @@ def select(
             high = middle
         else:
             low = middle + 1
-    return Selection(_restore(cost, kept(low), channels, ends, owner[:low], budget), floor)
+    keep = _restore(cost, kept(low), channels, ends, owner[:low], budget)
+    if limits.in_blocks:
+        blocks = [channels[begin:end] for begin, end in pairwise(ends)]
+        keep = _exchange(cost, keep, blocks, owner, losses, budget)
+    return Selection(keep, floor)
 
 
 def prices(
@@ -112,7 +125,7 @@ def prices(
     Channels go in the order of :func:`select`, without what that restores in the end; at most ``points`` steps, from
     everything down to everything that may go.
     """
-    channels, ends, owner = _ordered(coupling, cost, scores, preset, limits)
+    channels, ends, owner, _ = _ordered(coupling, cost, scores, preset, limits)
     groups = [group for group in coupling.groups if group.frozen is None]
     whole = scores.value[np.concatenate([np.zeros(0, np.int64), *(group.classes for group in groups)])].sum()
     full = cost.total("mac", cost.counts(np.ones(coupling.n_classes, bool)))
@@ -132,7 +145,7 @@ def lowest(coupling: Coupling, cost: Cost, preset: Preset, limits: Limits) -> di
     for bundle in coupling.bundles:
         keep[bundle.units(np.zeros(coupling.n_classes))[: removals(bundle, preset, limits)[-1]]] = False
     counts = cost.counts(keep)
-    return {kind: cost.total(kind, counts) for kind in KINDS}
+    return {kind: cost.total(kind, counts) for kind in cost.kinds}
 
 
 def effective_scores(cost: Cost, scores: Scores, groups: list[Group], preset: Preset) -> np.ndarray:
@@ -164,16 +177,17 @@ def effective_scores(cost: Cost, scores: Scores, groups: list[Group], preset: Pr
 
 def _ordered(
     coupling: Coupling, cost: Cost, scores: Scores, preset: Preset, limits: Limits
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     groups = [group for group in coupling.groups if group.frozen is None]
     order = effective_scores(cost, scores, groups, preset) if scores.order is None else scores.order
-    return _removal_order(coupling.bundles, order, preset, limits)
+    losses = order if scores.order is None else scores.value
+    return _removal_order(coupling.bundles, order, losses, preset, limits)
 
 
 def _mac_per_weight(cost: Cost, groups: list[Group]) -> np.ndarray:
     """MAC saved per weight removed by one channel of each group, over the network's own ratio."""
     full = cost.counts(np.ones(cost.coupling.n_classes, bool))
-    slopes = [cost.terms[kind].slope(full) for kind in ("mac", "weights")]
+    slopes = [terms.slope(full) for terms in (cost.layers, cost.weights)]
     saved, removed = np.ones(len(groups)), np.ones(len(groups))
     alone = {b.groups[0].id: b.cells for b in cost.coupling.bundles if len(b.groups) == 1}
     for index, group in enumerate(groups):
@@ -192,35 +206,39 @@ def _log_deviation(scores: np.ndarray) -> np.ndarray:
 
 
 def _removal_order(
-    bundles: Sequence[Bundle], order: np.ndarray, preset: Preset, limits: Limits
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Units in the order in which they go: their channels end to end, where each unit ends, and its group."""
-    runs, scores, sizes, owner = [], [], [], []
+    bundles: Sequence[Bundle], order: np.ndarray, losses: np.ndarray, preset: Preset, limits: Limits
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks in the order in which they go: their channels end to end, where each ends, its bundle, and what it loses."""
+    runs, scores, sizes, owner, lost = [], [], [], [], []
     for number, bundle in enumerate(bundles):
         units = bundle.units(order)
         cuts = np.array(removals(bundle, preset, limits))
         if len(cuts) > 1:
             means = np.add.reduceat(order[units[: cuts[-1]]].mean(1), cuts[:-1])
             scores.append(np.maximum.accumulate(means / np.diff(cuts)))
+            lost.append(np.add.reduceat(losses[units[: cuts[-1]]].mean(1), cuts[:-1]))
             runs.append(units[: cuts[-1]].ravel())
             sizes.append(np.diff(cuts) * bundle.unit)
             owner.append(np.full(len(cuts) - 1, number))
     if not runs:
-        return np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64)
+        return np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0)
     flat_sizes, flat_owner = np.concatenate(sizes), np.concatenate(owner)
     turn = np.argsort(np.concatenate(scores), kind="stable")
     place = np.empty(len(turn), np.int64)
     place[turn] = np.arange(len(turn))
     channels = np.concatenate(runs)[np.argsort(np.repeat(place, flat_sizes), kind="stable")]
-    return channels, np.concatenate([[0], np.cumsum(flat_sizes[turn])]), flat_owner[turn]
+    return channels, np.concatenate([[0], np.cumsum(flat_sizes[turn])]), flat_owner[turn], np.concatenate(lost)[turn]
 
 
 def removals(bundle: Bundle, preset: Preset, limits: Limits) -> list[int]:
     """Numbers of units that may be removed from a bundle, ascending from zero."""
     size = bundle.size
     least = max(1, limits.min_channels, ceil(preset.floor * size), ceil((1 - limits.max_prune) * size - 1e-9))
-    left = ((number, size - number * bundle.unit) for number in range(1, bundle.removable + 1))
-    return [0, *(number for number, kept in left if kept >= least and kept % limits.align == 0)]
+    numbers = np.arange(1, bundle.removable + 1)
+    kept = size - numbers * bundle.unit
+    allowed = (kept >= least) & (kept % limits.align == 0)
+    mask = limits.permitted.get(bundle.groups[0].id)
+    return [0, *numbers[allowed if mask is None else allowed & mask[1:]].tolist()]
 
 
 def _restore(
@@ -242,6 +260,52 @@ def _restore(
             left = {kind: left[kind] - growth[kind] for kind in budget}
         else:
             full.add(int(owner[unit]))
+    return keep
+
+
+def _exchange(
+    cost: Cost, keep: np.ndarray, blocks: Sequence[np.ndarray], owner: np.ndarray, losses: np.ndarray,
+    budget: Mapping[str, float],
+) -> np.ndarray:  # fmt: skip
+    """Move blocks while that loses less: one comes back, alone or for the next one of another bundle.
+
+    Blocks are coarse, so the order in which they go does not end at the best way to fill the budget. ``blocks`` are those of
+    all bundles in that order; ``losses`` what each loses.
+    """
+    mine: dict[int, list[int]] = {}
+    for number, bundle in enumerate(owner.tolist()):
+        mine.setdefault(bundle, []).append(number)
+    gone = {bundle: sum(not keep[blocks[n][0]] for n in numbers) for bundle, numbers in mine.items()}
+    atoms = [cost.increment(block) for block in blocks]
+    counts = cost.counts(keep)
+    left = {kind: limit - cost.total(kind, counts) for kind, limit in budget.items()}
+
+    def growth(counts: np.ndarray, block: int, sign: int) -> tuple[dict[str, float], np.ndarray]:
+        places, times = atoms[block]
+        after = counts.copy()
+        after[places] += sign * times
+        return {kind: cost.terms[kind].change(counts, places, sign * times) for kind in budget}, after
+
+    for _ in range(2 * len(blocks)):
+        back = [mine[bundle][n - 1] for bundle, n in gone.items() if n]
+        next_ = [mine[bundle][n] for bundle, n in gone.items() if n < len(mine[bundle])]
+        moves = [(losses[a], a, -1) for a in back]
+        moves += [(losses[a] - losses[b], a, b) for a in back for b in next_ if owner[a] != owner[b]]
+        for gain, a, b in sorted(moves, key=lambda move: (-move[0], *move[1:])):
+            if gain < 0 or (gain == 0 and b >= 0):
+                return keep
+            grown, after = growth(counts, a, 1)
+            if b >= 0:
+                freed, after = growth(after, b, -1)
+                grown = {kind: grown[kind] + freed[kind] for kind in budget}
+            if all(grown[kind] <= left[kind] for kind in budget):
+                break
+        else:
+            return keep
+        for block, back_again in ((a, True), (b, False))[: 1 + (b >= 0)]:
+            keep[blocks[block]] = back_again
+            gone[int(owner[block])] -= 1 if back_again else -1
+        counts, left = after, {kind: left[kind] - grown[kind] for kind in budget}
     return keep
 
 

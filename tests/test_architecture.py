@@ -15,13 +15,16 @@ LAYERS = (
     {"errors"},
     {"model", "measures", "importing"},
     {"labels"},
-    {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend", "trainable"},
+    {
+        "runtime", "ops", "cost", "latency", "memory", "plan", "coupling", "metrics", "profile", "protos", "amend",
+        "trainable",
+    },
     {
         "onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers",
         "checkpoint_files", "checkpoint_map", "comparison", "compose", "manifest", "recover", "supervision",
     },
     {
-        "pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity",
+        "pipeline", "options", "stopwatch", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity",
         "artifact", "checkpoint", "difference",
     },
     {"train"},

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from onnxprune.labels import Axis, Ledger, Refusal, fixed, length
+from onnxprune.labels import Axis, Channels, Ledger, Refusal, fixed, length
 from onnxprune.model import Node
 from onnxprune.ops import Change, Edit, couples, rewrites
 
@@ -106,7 +106,7 @@ def projected_attention(node: Node, ledger: Ledger) -> None:
         stacked = ledger.unify(stacked, ledger.input(node, 2).axes[0])
         ledger.contract(node, 2, 0, state=True)
     _stay(ledger, *leading)
-    ledger.work(node, (*leading, inner, stacked), weight=1)
+    ledger.work(node, (*leading, inner, stacked), weight=1, channels=Channels("MatMul", inner, stacked, inner))
     batch, tokens = ((), leading[0]) if flat else leading
     count = node.attributes["num_heads"]
     q, k, v = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxprune.labels import Atom, Axis, Layout, Ledger, Refusal
+from onnxprune.labels import Atom, Axis, Channels, Layout, Ledger, Refusal
 from onnxprune.model import Node
 from onnxprune.ops import couples
 
@@ -29,8 +29,17 @@ def einsum(node: Node, ledger: Ledger) -> None:
         shared = [letter for letter in result if all(letter in term for term in terms)]
         ledger.attend((axes[letter] for letter in shared), (axes[letter] for letter in axes if letter not in shared))
     if len(operands) > 1:
-        ledger.work(node, tuple(axes.values()), weight=weights.index(True) if any(weights) else None)
+        weight = weights.index(True) if any(weights) else None
+        channels = None if weight is None else _channels(axes, terms[weight], computed, result)
+        ledger.work(node, tuple(axes.values()), weight=weight, channels=channels)
     ledger.output(node, [axes[letter] for letter in result])
+
+
+def _channels(axes: dict[str, Axis], term: list[str], computed: set[str], result: list[str]) -> Channels:
+    """A weight's letters that end are its input channels; those that only it has are its output channels."""
+    inputs: Axis = sum((axes[letter] for letter in term if letter not in result), ())
+    outputs: Axis = sum((axes[letter] for letter in term if letter in result and letter not in computed), ())
+    return Channels("MatMul", inputs, outputs, inputs)
 
 
 def _apart(ledger: Ledger, operands: list[Layout], terms: list[list[str]]) -> list[Layout]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from onnxprune.labels import Axis, Ledger, Refusal, fixed, is_fixed
+from onnxprune.labels import Axis, Channels, Ledger, Refusal, fixed, is_fixed
 from onnxprune.model import Node
 from onnxprune.ops import Change, Edit, channels_only, couples, rewrites
 
@@ -42,7 +42,8 @@ def convolve(node: Node, ledger: Ledger, channel: int) -> None:
         ledger.contract(node, 0, channel)
         ledger.contract(node, 1, 1)
     out = _bias(node, ledger, out)
-    ledger.work(node, (out, inner), shape[0] * prod(shape[p] for p in pixels) * prod(kernel[2:]), weight=1)
+    factor = shape[0] * prod(shape[p] for p in pixels) * prod(kernel[2:])
+    ledger.work(node, (out, inner), factor, weight=1, channels=Channels("Conv", x.axes[channel], out, inner))
     axes = [fixed(size) for size in shape]
     axes[0], axes[channel] = x.axes[0], out
     ledger.output(node, axes)
@@ -67,7 +68,7 @@ def conv_transpose(node: Node, ledger: Ledger) -> None:
         ledger.contract(node, 1, 0)
     out = _bias(node, ledger, out)
     factor = source[0] * prod(source[2:]) * prod(kernel[2:])
-    ledger.work(node, (w.axes[0], each), factor, weight=1)
+    ledger.work(node, (w.axes[0], each), factor, weight=1, channels=Channels("ConvTranspose", x.axes[1], out, columns))
     ledger.output(node, (x.axes[0], out, *map(fixed, shape[2:])))
 
 
@@ -95,7 +96,7 @@ def gemm(node: Node, ledger: Ledger) -> None:
     ended = ledger.unify(ended, inner)
     ledger.contract(node, 0, 0 if transposed_a else 1)
     ledger.contract(node, 1, 1 if transposed_b else 0)
-    ledger.work(node, (rows, inner, columns), weight=1)
+    ledger.work(node, (rows, inner, columns), weight=1, channels=Channels("MatMul", inner, columns, inner))
     if node.has(2):
         c = ledger.input(node, 2)
         padded: tuple[Axis, ...] = ((), (), *c.axes)[-2:]
@@ -126,7 +127,8 @@ def multiply(node: Node, ledger: Ledger, order_a: Sequence[int], order_b: Sequen
     weight = next((i for i in (1, 0) if ledger.is_weight(node.inputs[i])), None)
     if weight is None:
         ledger.attend(batch, (*rows, inner_b, *columns))
-    ledger.work(node, (*batch, *rows, inner_b, *columns), weight=weight)
+    channels = Channels("MatMul", inner_b, columns[0] if columns else (), inner_b)
+    ledger.work(node, (*batch, *rows, inner_b, *columns), weight=weight, channels=channels)
     ledger.output(node, (*batch, *rows, *columns))
 
 

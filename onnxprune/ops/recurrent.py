@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxprune.labels import Axis, Layout, Ledger, fixed
+from onnxprune.labels import Axis, Channels, Layout, Ledger, fixed
 from onnxprune.model import Node
 from onnxprune.ops import Change, Edit, channels_only, couples, rewrites
 
@@ -38,8 +38,9 @@ def recurrence(node: Node, ledger: Ledger) -> None:
     ledger.contract(node, 0, 2)
     ledger.contract(node, 1, 2)
     ledger.contract(node, 2, 2, state=True)
-    ledger.work(node, (steps, batch, *w.axes), weight=1)
-    ledger.work(node, (steps, batch, *r.axes), weight=2)
+    for index, weights in ((1, w), (2, r)):
+        channels = Channels("Recurrent", weights.axes[2], units, weights.axes[2])
+        ledger.work(node, (steps, batch, *weights.axes), weight=index, channels=channels)
     state = (batch, direction, units) if batch_first else (direction, batch, units)
     every = (batch, steps, direction, units) if batch_first else (steps, direction, batch, units)
     for index, name in enumerate(node.outputs):

@@ -28,6 +28,8 @@ __all__ = [
 ]  # fmt: skip
 
 COST_KINDS = ("mac", "weights", "params", "activations", "bandwidth")
+MORE_KINDS = ("effective_mac", "peak_memory")
+"""Kinds of cost that only some reports have: those for a profile, those of ``prune`` and ``inspect``."""
 
 
 def environment() -> dict[str, str]:
@@ -157,7 +159,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data in the documented schema."""
-        ratio = {kind: self.after[kind] / self.before[kind] if self.before[kind] else 1.0 for kind in COST_KINDS}
+        kinds = (*COST_KINDS, *(kind for kind in MORE_KINDS if kind in self.before))
+        ratio = {kind: self.after[kind] / self.before[kind] if self.before[kind] else 1.0 for kind in kinds}
         return {
             "schema": 1,
             "onnxprune": self.version,
@@ -165,8 +168,8 @@ class Report:
             "output": dict(self.output),
             "options": dict(self.options),
             "cost": {
-                "before": {kind: self.before[kind] for kind in COST_KINDS},
-                "after": {kind: self.after[kind] for kind in COST_KINDS},
+                "before": {kind: self.before[kind] for kind in kinds},
+                "after": {kind: self.after[kind] for kind in kinds},
                 "ratio": ratio,
             },
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},

@@ -29,6 +29,12 @@ NAMES = {
     "activations": "activations",
     "bandwidth": "bandwidth",
 }
+MORE_NAMES = {"effective_mac": "effective MAC", "peak_memory": "peak memory"}
+
+
+def amount(kind: str, value: float) -> str:
+    """Write a cost with its unit."""
+    return number(value) + ("B" if value >= 1e3 else " B") if kind == "peak_memory" else number(value)
 
 
 def number(value: float) -> str:
@@ -44,9 +50,9 @@ def summary(console: Console, report: Report, *, verbose: bool = False, verb: st
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report.input_shapes.items())
     console.print(f"input    {shapes}", highlight=False)
     table = _table(console, "", "before", "after", "kept")
-    for kind, name in NAMES.items():
+    for kind, name in (NAMES | {k: n for k, n in MORE_NAMES.items() if k in report.before}).items():
         before, after = report.before[kind], report.after[kind]
-        table.add_row(name, number(before), number(after), share(after, before))
+        table.add_row(name, amount(kind, before), amount(kind, after), share(after, before))
     if report.latency_ms:
         before_ms, after_ms = report.latency_ms
         table.add_row("latency", f"{before_ms:.2f} ms", f"{after_ms:.2f} ms", share(after_ms, before_ms))
@@ -70,8 +76,10 @@ def inspection(console: Console, report: Report, *, verbose: bool = False) -> No
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report.input_shapes.items())
     console.print(f"input    {shapes}", highlight=False)
     table = _table(console, "", "cost", "floor")
-    for kind, name in NAMES.items():
-        table.add_row(name, number(report.before[kind]), f"{100 * report.floor[kind]:.1f} %")
+    for kind, name in (NAMES | MORE_NAMES).items():
+        if kind in report.before:
+            floor = f"{100 * report.floor[kind]:.1f} %" if kind in report.floor else ""
+            table.add_row(name, amount(kind, report.before[kind]), floor)
     console.print(table)
     layers(console, report.layers, before_only=True, limit=None if verbose else 40)
     groups(console, report.groups, limit=None if verbose else 40, members=verbose)
