@@ -469,7 +469,7 @@ def _fail(error: BaseException, given: Mapping[str, Any], message: str, code: in
 
 
 def _options(given: Mapping[str, Any]) -> Options:
-    kinds = ("mac", "params", "bandwidth", "size")
+    kinds = ("mac", "params", "bandwidth", "size", "latency")
     targets = {kind: given[f"target_{kind}"] for kind in kinds if given.get(f"target_{kind}") is not None}
     names = Options.__dataclass_fields__
     chosen = {name: value for name, value in given.items() if name in names and name != "input_shapes"}

@@ -135,6 +135,10 @@ class Coupling:
         """Whether each class is frozen, bool of shape ``(n_classes,)``."""
         return self.reason >= 0
 
+    def frozen_axis(self, axis: Axis) -> bool:
+        """Whether an axis keeps all its indices."""
+        return all(self.frozen[classes].all() for classes in self.atoms(axis))
+
     def atoms(self, axis: Axis) -> list[np.ndarray]:
         """Classes of each labelled atom of an axis, with a dimension for each of its rows."""
         return [self.classes[atom.labels] for atom in axis if atom.labels is not None]

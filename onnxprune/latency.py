@@ -142,7 +142,8 @@ def with_latency(cost: Cost, tables: Sequence[Table | None], whole: float | None
     whole
         Milliseconds of the whole model; the tables are scaled down where they add up to more. None: they are all there is.
     """
-    known = sum(table.whole for table in tables if table is not None)
+    full = cost.counts(np.ones(cost.coupling.n_classes, bool))
+    known = float(Latency(cost, tables, 0.0).values(full).sum())
     if whole is not None and known > whole:
         share = whole / known
         tables = [None if t is None else Table(t.inputs, t.outputs, t.ms * share) for t in tables]

@@ -96,7 +96,7 @@ def _layer(
     resizable = kind in ("Conv", "FirstConv", "DepthwiseConv", "ConvTranspose", "MatMul") and proto.op_type in SIDES
     if channels is not None and resizable and work.weight == 1:
         sizes = (length(channels.inputs), length(channels.outputs))
-        fixed = (kind == "FirstConv", False)
+        fixed = (coupling.frozen_axis(channels.inputs), coupling.frozen_axis(channels.outputs))
         counts = tuple(_counts(n, b, still) for n, b, still in zip(sizes, block, fixed, strict=True))  # type: ignore
         if kind == "DepthwiseConv":
             counts = ((1,), counts[1])
@@ -169,8 +169,9 @@ class _Builder:
 
     def _resized(self, shapes: dict[int, list[int]], inputs: int, outputs: int) -> dict[int, list[int]]:
         of_inputs, of_outputs = SIDES[self.proto.op_type](self.proto)
-        shapes[1][of_inputs] = 1 if self.depthwise else inputs
-        shapes[1][of_outputs] = outputs
+        shapes[1][of_inputs], shapes[1][of_outputs] = inputs, outputs
+        if self.depthwise:
+            shapes[1][:2] = [outputs, 1]
         transposed = any(a.name == "transA" and a.i for a in self.proto.attribute)
         convolution = self.proto.op_type in ("Conv", "ConvTranspose")
         shapes[0][1 if convolution else 0 if transposed else -1] = inputs

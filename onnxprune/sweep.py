@@ -23,7 +23,7 @@ from onnxprune.parcels import Parcel
 from onnxprune.report.rows import Measured, Row, mark
 
 BACKENDS = ("local", "dask")
-FILES = ("calib",)  # fields of Options that name files
+FILES = ("calib", "latency_table")  # fields of Options that name files
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,10 @@ def _choices(
     pairs = list(dict.fromkeys((kind, float(value)) for kind, values in budgets.items() for value in values))
     if not pairs:
         raise UsageError("no target; give one or more, for example --target-mac 0.8 --target-mac 0.6")
-    shared = {name: _absolute(value) if name in FILES else value for name, value in options.items()}
+    if "latency" in budgets and not options.get("latency_table"):
+        raise UsageError("runs side by side spoil measured latencies; give --latency-table, or prune for one at a time")
+    files = (*FILES, *(["profile"] if str(options.get("profile", "")).endswith(".toml") else []))
+    shared = {name: _absolute(value) if name in files else value for name, value in options.items()}
     given = {name: tuple(dict.fromkeys(values)) for name, values in axes.items() if values}
     for chosen in itertools.product(*given.values()):
         for kind, value in pairs:

@@ -263,11 +263,15 @@ def _restore(
     return keep
 
 
+TRIED = 48
+"""Blocks on either side of which two move at once, and exchanges that are tried at a time."""
+
+
 def _exchange(
     cost: Cost, keep: np.ndarray, blocks: Sequence[np.ndarray], owner: np.ndarray, losses: np.ndarray,
     budget: Mapping[str, float],
 ) -> np.ndarray:  # fmt: skip
-    """Move blocks while that loses less: one comes back, alone or for the next one of another bundle.
+    """Exchange blocks between bundles while that loses less: up to two come back, and up to two others go.
 
     Blocks are coarse, so the order in which they go does not end at the best way to fill the budget. ``blocks`` are those of
     all bundles in that order; ``losses`` what each loses.
@@ -276,37 +280,64 @@ def _exchange(
     for number, bundle in enumerate(owner.tolist()):
         mine.setdefault(bundle, []).append(number)
     gone = {bundle: sum(not keep[blocks[n][0]] for n in numbers) for bundle, numbers in mine.items()}
-    atoms = [cost.increment(block) for block in blocks]
+    limits = np.array([*budget.values()])
     counts = cost.counts(keep)
-    left = {kind: limit - cost.total(kind, counts) for kind, limit in budget.items()}
+    left = limits - [cost.total(kind, counts) for kind in budget]
+    atoms = [cost.increment(block) for block in blocks]
 
-    def growth(counts: np.ndarray, block: int, sign: int) -> tuple[dict[str, float], np.ndarray]:
-        places, times = atoms[block]
-        after = counts.copy()
-        after[places] += sign * times
-        return {kind: cost.terms[kind].change(counts, places, sign * times) for kind in budget}, after
+    def growth(counts: np.ndarray, block: int, sign: int) -> np.ndarray:
+        return np.array([cost.terms[kind].change(counts, atoms[block][0], sign * atoms[block][1]) for kind in budget])
 
     for _ in range(2 * len(blocks)):
         back = [mine[bundle][n - 1] for bundle, n in gone.items() if n]
-        next_ = [mine[bundle][n] for bundle, n in gone.items() if n < len(mine[bundle])]
-        moves = [(losses[a], a, -1) for a in back]
-        moves += [(losses[a] - losses[b], a, b) for a in back for b in next_ if owner[a] != owner[b]]
-        for gain, a, b in sorted(moves, key=lambda move: (-move[0], *move[1:])):
-            if gain < 0 or (gain == 0 and b >= 0):
-                return keep
-            grown, after = growth(counts, a, 1)
-            if b >= 0:
-                freed, after = growth(after, b, -1)
-                grown = {kind: grown[kind] + freed[kind] for kind in budget}
-            if all(grown[kind] <= left[kind] for kind in budget):
+        away = [mine[bundle][n] for bundle, n in gone.items() if n < len(mine[bundle])]
+        sides = [
+            (block, sign, losses[block], growth(counts, block, sign))
+            for found, sign in ((back, 1), (away, -1))
+            for block in found
+        ]
+        for move in _moves(sides, left, limits):
+            after, grown = counts.copy(), np.zeros(len(limits))
+            for block, sign in move:
+                grown += growth(after, block, sign)
+                after[atoms[block][0]] += sign * atoms[block][1]
+            if len({int(owner[block]) for block, _ in move}) == len(move) and (grown <= left).all():
                 break
         else:
             return keep
-        for block, back_again in ((a, True), (b, False))[: 1 + (b >= 0)]:
-            keep[blocks[block]] = back_again
-            gone[int(owner[block])] -= 1 if back_again else -1
-        counts, left = after, {kind: left[kind] - grown[kind] for kind in budget}
+        for block, sign in move:
+            keep[blocks[block]] = sign > 0
+            gone[int(owner[block])] -= sign
+        counts, left = after, left - grown
     return keep
+
+
+def _moves(
+    sides: Sequence[tuple[int, int, float, np.ndarray]], left: np.ndarray, limits: np.ndarray
+) -> list[list[tuple[int, int]]]:
+    """Sets of blocks that come back (1) and go (-1), those that gain most first, by what each alone adds to the cost."""
+    sets = []
+    for sign in (1, -1):
+        own = [side for side in sides if side[1] == sign]
+        # Those that gain much for what they cost come back, those that lose little for what they free go.
+        own.sort(key=lambda side: -sign * side[2] / max(float((np.abs(side[3]) / limits).max()), 1e-30))
+        pairs = [(i, j) for i in range(min(len(own), TRIED)) for j in range(i)]
+        members = [(), *((i,) for i in range(len(own))), *pairs]
+        value = np.array([sum(own[i][2] for i in member) for member in members])
+        grown = np.array([sum((own[i][3] for i in member), np.zeros(len(limits))) for member in members])
+        sets.append((own, members, value, grown))
+    (back, ins, gain, more), (away, outs, loss, less) = sets
+    net = gain[:, None] - loss
+    # Costs are products, so sums of changes are not exact; what is a little over may fit.
+    fits = (more[:, None] + less <= left + 0.02 * (np.abs(more)[:, None] + np.abs(less))).all(2)
+    two = np.array([len(member) for member in ins])[:, None] + [len(member) for member in outs] <= 3
+    places = np.flatnonzero((fits & two & (net > 1e-12 * max(float(gain.max(initial=0.0)), 1e-30))).ravel())
+    best = places[np.argsort(-net.ravel()[places], kind="stable")[:TRIED]]
+    found = []
+    for place in best.tolist():
+        a, b = divmod(place, len(outs))
+        found.append([*((back[i][0], 1) for i in ins[a]), *((away[i][0], -1) for i in outs[b])])
+    return found
 
 
 def _out_of_reach(

@@ -10,7 +10,7 @@ from onnxprune.report.page import charts
 from onnxprune.report.page.markup import Html, breaking, figure, join, slug, tag
 from onnxprune.report.page.tables import Column, table
 from onnxprune.report.reasons import KINDS
-from onnxprune.report.text import NAMES
+from onnxprune.report.text import MORE_NAMES, NAMES
 
 Report = Mapping[str, Any]
 Section = Callable[[Report], Html | None]
@@ -89,10 +89,13 @@ def costs(report: Report) -> Html | None:
     after = pruned(report)
     heads = ("", "original", "pruned", "kept") if after else ("", "cost", "floor")
     rows = []
-    for kind, name in NAMES.items():
+    for kind, name in {**NAMES, **MORE_NAMES}.items():
+        if kind not in report["cost"]["before"]:
+            continue
         before = figure(report, f"cost.before.{kind}", "count")
         last = (figure(report, f"cost.after.{kind}", "count"), figure(report, f"cost.ratio.{kind}", "share"))
-        rows.append((name, before, *(last if after else (figure(report, f"floor.{kind}", "share"),))))
+        floor = (figure(report, f"floor.{kind}", "share") if kind in report["floor"] else "",)
+        rows.append((name + (", bytes" if kind == "peak_memory" else ""), before, *(last if after else floor)))
     if report.get("latency"):
         both = (figure(report, f"latency.{when}_ms", "ms") for when in ("before", "after"))
         rows.append(("latency", *both, figure(report, "latency.after_ms / latency.before_ms", "share")))
@@ -106,7 +109,8 @@ def costs(report: Report) -> Html | None:
         "Cost",
         tag("div", tag("table", tag("thead", titles), tag("tbody", *body), class_="plain"), class_="wide"),
         _targets(report),
-        about=f"For one inference with {shapes}. Bandwidth is weights plus activations, in elements.",
+        about=f"For one inference with {shapes}. Bandwidth is weights plus activations, in elements; peak memory what "
+        "computed tensors hold at once.",
     )
 
 

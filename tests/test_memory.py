@@ -1,0 +1,63 @@
+"""Peak memory of activations equals a simulation on the shapes that onnxruntime reports, before and after pruning."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import ModelProto
+
+import architectures
+import onnxprune
+from graphs import Tiny
+
+VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+
+
+def simulated(model: ModelProto) -> int:
+    """Run a model with every tensor as an output, then replay it: bytes alive while each node runs, the largest of them."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    outputs = [value.name for value in model.graph.output]
+    computed = [name for node in model.graph.node for name in node.output if name]
+    del probe.graph.output[:]
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(probe.SerializeToString(), options)
+    feeds = {i.name: np.ones(i.shape, np.float32) for i in session.get_inputs()}
+    held = {**feeds, **dict(zip(computed, session.run(None, feeds), strict=True))}
+    buffer = {name: name for name in held}
+    for node in model.graph.node:
+        if node.op_type in VIEWS and node.input[0] in buffer:
+            buffer[node.output[0]] = buffer[node.input[0]]
+    last = {buffer[name]: step for step, node in enumerate(model.graph.node) for name in node.input if name in buffer}
+    last.update({buffer[name]: len(model.graph.node) for name in outputs})
+    alive, peak = set(feeds), 0
+    for step, node in enumerate(model.graph.node):
+        if node.op_type == "Constant":
+            continue
+        alive |= {buffer[name] for name in node.output if name}
+        peak = max(peak, sum(held[name].nbytes for name in alive))
+        alive = {name for name in alive if last.get(name, -1) > step}
+    return peak
+
+
+@pytest.mark.parametrize("name", ["edsr", "unet_transposed", "densenet", "mobilenet_v2", "fpn", "resnet_b"])
+def test_peak_equals_the_simulation(name: str) -> None:
+    """The report's figures, of the original and of the pruned model, are those of the files it is about."""
+    model = architectures.ALL[name]()
+    result = onnxprune.prune(model, target_mac=0.6, proof=False)
+    assert result.report.before["peak_memory"] == simulated(model)
+    assert result.report.after["peak_memory"] == simulated(result.model)
+
+
+def test_a_skip_connection_stays_in_memory() -> None:
+    """A tensor that is read again later counts until then; a view of it costs nothing."""
+    t = Tiny()
+    x = t.input(1, 2, 4, 4)
+    early = t.conv(x, "a", 2, 8)
+    y = t.conv(t.conv(early, "b", 8, 4), "c", 4, 8)
+    y = t.node("Reshape", t.node("Add", y, early), t.constant(np.array([1, -1])))
+    assert onnxprune.inspect(t.build(y)).before["peak_memory"] == 4 * 16 * (8 + 8 + 8)
