@@ -3,9 +3,9 @@
 
     python tools/latency.py [--models resnet50 edsr] [--threads 1 2] [--seconds 40] [--target 0.7] [--json OUT.json]
 
-Beside each other in one run, in turn: the original, pruned with the profile ort-cpu, pruned without alignment, and a control that
-was never pruned, built at the widths of the aligned one with fresh weights. With --target, each is pruned to a share of its
-latency instead, and measured again afterwards.
+Beside each other in one run, in turn: the original, pruned with the profile ort-cpu, pruned without alignment, and a
+control that was never pruned, built at the widths of the aligned one with fresh weights. With --target, each is pruned to a
+share of its latency instead, and measured again afterwards.
 """
 
 from __future__ import annotations
@@ -96,11 +96,15 @@ def halved(name: str, threads: list[int], seconds: float) -> tuple[list[dict], b
         ratio, apart = found["ort-cpu"][1], abs(found["ort-cpu"][1] - found["control"][1])
         good = ratio <= BARS[name] and apart <= CONTROL
         held &= good
-        rows.append({"model": name, "threads": count, "mac": mac, "bar": BARS[name], "ok": good,
-                     "ms": {k: ms for k, (ms, _) in found.items()}, "ratio": {k: r for k, (_, r) in found.items()}})  # fmt: skip
-        print(f"{'ok  ' if good else 'OVER'} {name:13} {count} threads  MAC {mac:.3f}  original {found['original'][0]:8.1f} ms   "
-              f"ort-cpu {ratio:.3f} (bar {BARS[name]})  unaligned {found['unaligned'][1]:.3f}  "
-              f"control {found['control'][1]:.3f}", flush=True)  # fmt: skip
+        ms, ratios = ({key: pair[i] for key, pair in found.items()} for i in (0, 1))
+        rows.append(
+            {"model": name, "threads": count, "mac": mac, "bar": BARS[name], "ok": good, "ms": ms, "ratio": ratios}
+        )
+        print(
+            f"{'ok  ' if good else 'OVER'} {name:13} {count} threads  MAC {mac:.3f}  original {ms['original']:8.1f} ms  "
+            f"ort-cpu {ratio:.3f} (bar {BARS[name]})  unaligned {ratios['unaligned']:.3f}  control {ratios['control']:.3f}",
+            flush=True,
+        )
     return rows, held
 
 
@@ -114,8 +118,11 @@ def targeted(name: str, target: float, seconds: float) -> tuple[list[dict], bool
     again = race({"original": original, "pruned": result.model}, 0, seconds)["pruned"][1]
     good = abs(again - target) <= AGAIN
     mac = result.report.after["mac"] / result.report.before["mac"]
-    print(f"{'ok  ' if good else 'OVER'} {name:13} target {target}  achieved {achieved:.3f}  again {again:.3f}  MAC {mac:.3f}  "
-          f"in {taken:.0f} s", flush=True)  # fmt: skip
+    print(
+        f"{'ok  ' if good else 'OVER'} {name:13} target {target}  achieved {achieved:.3f}  again {again:.3f}  "
+        f"MAC {mac:.3f}  in {taken:.0f} s",
+        flush=True,
+    )
     return [{"model": name, "target": target, "achieved": achieved, "again": again, "mac": mac, "seconds": taken}], good
 
 
