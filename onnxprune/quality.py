@@ -190,5 +190,8 @@ def with_latency(done: Report, provider: str = "") -> Report:
     before, after = runtime.compare_latency(files, done.input_shapes, provider)
     notes = done.notes
     if after > before and done.after["mac"] < done.before["mac"]:
-        notes = (*notes, "fewer MAC, but not faster here: onnxruntime computes in blocks of channels; try --profile ort-cpu")
+        notes = (
+            *notes,
+            "fewer MAC, but not faster here: onnxruntime computes in blocks of channels; try --profile ort-cpu",
+        )
     return replace(done, latency_ms=(before, after), notes=notes)

@@ -79,6 +79,10 @@ class Session:
         False runs the graph as written, so that intermediate values are what the file says.
     threads
         Threads within one operator; 0 leaves that to :func:`threads_limited`, and outside of it to onnxruntime.
+    keep
+        False gives memory back after every run.
+    spin
+        False lets threads sleep between operators, so that sessions side by side do not take each other's time.
 
     Attributes
     ----------
@@ -92,8 +96,9 @@ class Session:
     """
 
     def __init__(
-        self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0, keep: bool = True
-    ) -> None:
+        self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0, keep: bool = True,
+        spin: bool = True,
+    ) -> None:  # fmt: skip
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads or _limit.get()
@@ -101,7 +106,7 @@ class Session:
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         if not optimize or not keep:
             options.enable_cpu_mem_arena = False
-        if not keep:
+        if not (keep and spin):
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.promoted = False
         try:

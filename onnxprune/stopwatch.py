@@ -80,7 +80,6 @@ class _Layer:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     build: Callable[[int, int], bytes]
-    single: bool = False
 
 
 def _layer(
@@ -106,7 +105,7 @@ def _layer(
     facts += [[shapes[name], types.get(name, TensorProto.FLOAT)] for name in read] + [counts]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     whole = build if changing else lambda inputs, outputs: build(0, 0)
-    return _Layer(key, *counts, whole, single=kind == "DepthwiseConv")
+    return _Layer(key, *counts, whole)
 
 
 def _counts(size: int, block: int, still: bool) -> tuple[int, ...]:
@@ -153,7 +152,8 @@ class _Builder:
             proto.input[index] = label = f"in{index}"
             kind = reading.types.get(name, TensorProto.FLOAT)
             known = reading.value(name)
-            if reading.constant(name) is None and name not in reading.static:
+            computed = reading.constant(name) is None and name not in reading.static
+            if computed and name not in self.coupling.ledger.derived:
                 fed.append(helper.make_tensor_value_info(label, kind, shapes[index]))
             elif known is not None and known.dtype.kind != "f":
                 held.append(numpy_helper.from_array(known, label))
@@ -263,7 +263,7 @@ class Race:
     ) -> None:
         self.shapes, self.provider, self.threads = shapes, provider, threads
         with onnx_io.temporary_file(original) as path:
-            self.session = runtime.Session(path, provider, threads=threads, keep=False)
+            self.session = runtime.Session(path, provider, threads=threads, spin=False)
         self.feeds = runtime.random_feeds(self.session.inputs, shapes)
 
     def alone(self) -> float:
@@ -273,7 +273,7 @@ class Race:
     def run(self, candidate: onnx.ModelProto, seconds: float = SECONDS) -> Result:
         """Run original and candidate in turn until the ratio is known well enough, or for ``seconds``."""
         with onnx_io.temporary_file(candidate) as path:
-            session = runtime.Session(path, self.provider, threads=self.threads, keep=False)
+            session = runtime.Session(path, self.provider, threads=self.threads, spin=False)
         pairs: list[tuple[float, float]] = []
         begin = time.perf_counter()
         while len(pairs) < LEAST or time.perf_counter() - begin < seconds:

@@ -64,7 +64,7 @@ def race(models: Mapping[str, ModelProto], threads: int, seconds: float) -> dict
         for name, model in models.items():
             path = pathlib.Path(folder) / f"{name}.onnx"
             onnx.save(model, path)
-            sessions[name] = runtime.Session(str(path), threads=threads, keep=False)
+            sessions[name] = runtime.Session(str(path), threads=threads, spin=False)
     first = next(iter(sessions.values()))
     feeds = runtime.random_feeds(first.inputs, {name: shape for name, (shape, _) in first.inputs.items()})
     rounds = []
