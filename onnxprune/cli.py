@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from onnxprune import onnx_io, pipeline, quality, report
+from onnxprune import onnx_io, pipeline, quality, report, runtime
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
 from onnxprune.metrics import METRICS
 from onnxprune.options import COMPENSATE, MEASURED, Options, silent
@@ -68,10 +68,22 @@ class DefaultPrune(click.Group):
 
 
 def _model_options(command: Callable) -> Callable:
+    option = click.option("--threads", type=click.IntRange(0), default=0, show_default=True,
+                          help="Threads of onnxruntime; 0 leaves that to onnxruntime.")  # fmt: skip
+    return option(_shared_options(command))
+
+
+def _provider_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    names = [name.removesuffix("ExecutionProvider") for name in runtime.available()]
+    return [name for name in names if name.lower().startswith(incomplete.lower())]
+
+
+def _shared_options(command: Callable) -> Callable:
     for option in reversed(
         (
             click.option("--input-shape", "input_shapes", type=InputShape(), multiple=True, help="NAME:1,3,224,224."),
-            click.option("--provider", default="", help="onnxruntime execution provider."),
+            click.option("--provider", default="", metavar="NAME", shell_complete=_provider_names,
+                         help="onnxruntime execution provider.  [default: CUDA where it works; the CPU for proofs]"),
             click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random."),
             _print_options,
         )
@@ -374,6 +386,8 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
         content = {
             "schema": 1,
             "quality": {"metric": found.metric, "value": found.value, "samples": found.samples},
+            "provider": runtime.provider_for(options.provider),
+            "threads": options.threads,
             "notes": notes,
         }
         _write_json(given["json_path"], content)
@@ -390,7 +404,9 @@ def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, Options]]:
         console = Console(stderr=given["json_path"] == "-")
         if not console.is_terminal:
             console.width = PIPE_WIDTH
-        yield console, _options(given)
+        options = _options(given)
+        with runtime.threads_limited(options.threads):
+            yield console, options
     except FileError as error:
         kept = f"; {given['written']} was written before" if given.get("written") else ""
         _fail(error, given, f"{error}{kept}")
