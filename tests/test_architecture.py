@@ -18,11 +18,12 @@ LAYERS = (
     {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend", "trainable"},
     {
         "onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers",
-        "checkpoint_files", "checkpoint_map", "comparison", "compose", "manifest", "recover", "supervision",
+        "checkpoint_files", "checkpoint_map", "comparison", "compose", "encoding_entries", "manifest", "recover",
+        "supervision",
     },
     {
         "pipeline", "options", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity",
-        "artifact", "checkpoint", "difference",
+        "artifact", "checkpoint", "difference", "encodings",
     },
     {"train"},
     {"iterate", "steps", "trainers"},
