@@ -9,6 +9,7 @@ if (_root / "passes" / "prove.py").is_file() and (_root / "pyproject.toml").is_f
 from onnxprune import ops
 from onnxprune.artifact import export_artifact
 from onnxprune.checkpoint import CheckpointSummary, SlicedParameter, apply_checkpoint
+from onnxprune.encodings import SlicedEncodings, slice_encodings
 from onnxprune.errors import (
     BudgetError,
     FileError,
@@ -46,6 +47,7 @@ __all__ = [
     "Result",
     "SensitivityRow",
     "SensitivityTable",
+    "SlicedEncodings",
     "SlicedParameter",
     "SweepRow",
     "UsageError",
@@ -59,6 +61,7 @@ __all__ = [
     "prune_to_quality",
     "read_artifact",
     "sensitivity",
+    "slice_encodings",
     "sweep",
     "verify",
 ]

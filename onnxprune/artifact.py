@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnxprune import onnx_io
+from onnxprune import onnx_io, runtime
 from onnxprune.cost import Cost
 from onnxprune.errors import FileError, ProofError, UsageError
 from onnxprune.manifest import FILE, KIND, SCHEMA, Artifact, artifact_of
@@ -64,17 +64,18 @@ def export_artifact(
     check_directory(directory, force=force)
     clock = Clock()
     given = None if plan is None else read_plan(plan)
-    teacher = load(original, options, clock, given)
-    known = given or _recovered(teacher, pruned)
-    try:
-        verify_loaded(teacher, pruned, known, options, clock, progress)
-    except ProofError as error:
-        if given is not None:
-            raise
-        raise UsageError(
-            f"the plan that the weights suggest does not make one model of the other ({error}); give the plan (--plan)"
-        ) from error
-    student = load(pruned, options, clock, known)
+    with runtime.threads_limited(options.threads):
+        teacher = load(original, options, clock, given)
+        known = given or _recovered(teacher, pruned)
+        try:
+            verify_loaded(teacher, pruned, known, options, clock, progress)
+        except ProofError as error:
+            if given is not None:
+                raise
+            raise UsageError(
+                f"the plan that the weights suggest does not make one model of the other ({error}); give the plan (--plan)"
+            ) from error
+        student = load(pruned, options, clock, known)
     manifest = {
         "schema": SCHEMA,
         "kind": KIND,

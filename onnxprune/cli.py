@@ -19,8 +19,9 @@ from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from onnxprune import onnx_io, pipeline, quality, report
+from onnxprune import onnx_io, pipeline, quality, report, runtime
 from onnxprune import profile as profiles
+from onnxprune.encodings import SlicedEncodings, slice_encodings
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
 from onnxprune.metrics import METRICS
 from onnxprune.options import COMPENSATE, MEASURED, Options, silent
@@ -69,10 +70,22 @@ class DefaultPrune(click.Group):
 
 
 def _model_options(command: Callable) -> Callable:
+    option = click.option("--threads", type=click.IntRange(0), default=0, show_default=True,
+                          help="Threads of onnxruntime; 0 leaves that to onnxruntime.")  # fmt: skip
+    return option(_shared_options(command))
+
+
+def _provider_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    names = [name.removesuffix("ExecutionProvider") for name in runtime.available()]
+    return [name for name in names if name.lower().startswith(incomplete.lower())]
+
+
+def _shared_options(command: Callable) -> Callable:
     for option in reversed(
         (
             click.option("--input-shape", "input_shapes", type=InputShape(), multiple=True, help="NAME:1,3,224,224."),
-            click.option("--provider", default="", help="onnxruntime execution provider."),
+            click.option("--provider", default="", metavar="NAME", shell_complete=_provider_names,
+                         help="onnxruntime execution provider.  [default: CUDA where it works; the CPU for proofs]"),
             click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random."),
             _print_options,
         )
@@ -209,6 +222,17 @@ def _data_options(command: Callable) -> Callable:
     return command
 
 
+def _encodings_options(command: Callable) -> Callable:
+    for option in reversed(
+        (
+            click.option("--encodings", type=click.Path(), help="JSON of the model's quantization encodings (AIMET)."),
+            click.option("--encodings-out", type=click.Path(), help="Write the encodings of the pruned model."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def silent_line(text_: str) -> None:
     """Say nothing."""
 
@@ -240,6 +264,7 @@ def commands() -> None:
 @click.option("--min-quality", type=float, help="Refuse a result whose metric is below this.")
 @click.option("--keep-going", is_flag=True, help="Write the model although the quality guard failed (exit code 6).")
 @click.option("--plan-out", type=click.Path(), help="Write the plan as JSON.")
+@_encodings_options
 @click.option("--proof/--no-proof", default=True, help="Prove the result (default), or skip that.")
 @click.option(
     "--latency/--no-latency", default=True, help="Measure both models in onnxruntime (default), or skip that."
@@ -259,11 +284,11 @@ def prune(model: str, out: str, **given: Any) -> None:
             raise UsageError(
                 "no target; give one, for example --target-mac 0.6, or a guard (--data, --metric, --max-drop) to search by"
             )
-        reads = [
-            model,
-            *(path for path in (given["calib"], given["data"], given["sensitivity"], given["latency_table"]) if path),
-        ]
-        _check_writes(given, reads, [out, given["json_path"], given["html_path"], given["plan_out"]])
+        _check_encodings(given)
+        names = ("calib", "data", "sensitivity", "latency_table", "encodings")
+        reads = [model, *(given[name] for name in names if given[name])]
+        writes = [out, given["json_path"], given["html_path"], given["plan_out"], given["encodings_out"]]
+        _check_writes(given, reads, writes)
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         reading, notes = _reading(given), list[str]()
         quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"], reading)
@@ -287,9 +312,11 @@ def prune(model: str, out: str, **given: Any) -> None:
             shown = quality.compare_pictures(
                 model, result.model, given["data"], given["metric"], reading, options.provider
             )
+        encodings = _sliced_encodings(model, result, options, given)
         done = pipeline.write(result, model, out, force=given["force"])
-        done = replace(done, quality=measured, pictures=shown, notes=(*done.notes, *notes))
+        done = replace(done, quality=measured, pictures=shown, notes=(*done.notes, *notes, *encodings.notes))
         given["written"] = out
+        _write_encodings(given, encodings)
         plan = result.plan
         del result
         if given["plan_out"]:
@@ -322,6 +349,7 @@ def inspect(model: str, **given: Any) -> None:
 @click.argument("model", type=click.Path(), metavar="IN")
 @click.argument("out", type=click.Path(), metavar="OUT")
 @click.option("--plan", required=True, type=click.Path(), help="Plan written by prune --plan-out.")
+@_encodings_options
 @click.option("--proof/--no-proof", default=True, help="Prove the result (default), or skip that.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @_html_option
@@ -333,12 +361,17 @@ def apply(model: str, out: str, plan: str, **given: Any) -> None:
     Example:  onnxprune apply finetuned.onnx pruned.onnx --plan plan.json
     """
     with _run(given) as (console, options):
-        _check_writes(given, [model, plan], [out, given["json_path"], given["html_path"]])
+        _check_encodings(given)
+        reads = [model, plan, *([given["encodings"]] if given["encodings"] else [])]
+        _check_writes(given, reads, [out, given["json_path"], given["html_path"], given["encodings_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         with _progress(given) as progress:
             result = pipeline.apply(model, plan, options, progress)
+        encodings = _sliced_encodings(model, result, options, given)
         done = pipeline.write(result, model, out, force=given["force"])
+        done = replace(done, notes=(*done.notes, *encodings.notes))
         given["written"] = out
+        _write_encodings(given, encodings)
         _finish(console, done, given, text.summary)
 
 
@@ -391,6 +424,8 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
         content = {
             "schema": 1,
             "quality": {"metric": found.metric, "value": found.value, "samples": found.samples},
+            "provider": runtime.provider_for(options.provider),
+            "threads": options.threads,
             "notes": notes,
         }
         _write_json(given["json_path"], content)
@@ -407,7 +442,9 @@ def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, Options]]:
         console = Console(stderr=given["json_path"] == "-")
         if not console.is_terminal:
             console.width = PIPE_WIDTH
-        yield console, _options(given)
+        options = _options(given)
+        with runtime.threads_limited(options.threads):
+            yield console, options
     except FileError as error:
         kept = f"; {given['written']} was written before" if given.get("written") else ""
         _fail(error, given, f"{error}{kept}")
@@ -449,6 +486,30 @@ def _check_writes(given: dict[str, Any], reads: Sequence[str], writes: Sequence[
         raise UsageError("--html -: a page goes into a file; name one")
     if given.get("html_path"):
         page.require_library()
+
+
+def _check_encodings(given: Mapping[str, Any]) -> None:
+    if bool(given["encodings"]) != bool(given["encodings_out"]):
+        raise UsageError("--encodings and --encodings-out go together")
+
+
+def _sliced_encodings(
+    model: str, result: pipeline.Result, options: Options, given: Mapping[str, Any]
+) -> SlicedEncodings:
+    """Slice encodings, if any, before anything is written."""
+    if not given["encodings"]:
+        return SlicedEncodings({})
+    done = slice_encodings(given["encodings"], result.plan, model, result.model, options)
+    if result.report.weights == "exact":
+        return done
+    return replace(
+        done, notes=(*done.notes, "weights were fitted: make their encodings anew, only channels were sliced")
+    )
+
+
+def _write_encodings(given: Mapping[str, Any], sliced: SlicedEncodings) -> None:
+    if given["encodings_out"]:
+        onnx_io.write(given["encodings_out"], json.dumps(sliced.encodings, indent=4).encode())
 
 
 def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:

@@ -94,7 +94,7 @@ def finetune(directory: str, out: str, **given: Any) -> None:
     \b
     Example:  onnxprune finetune artifact/ out.onnx --data train.npz --val eval.npz --metric psnr
     """
-    with cli._run(given) as (console, _):
+    with cli._run(given) as (console, options):
         reads = [directory, *(path for path in (given["data"], given["val"]) if path)]
         cli._check_writes(given, reads, [out, given["json_path"]])
         recipe = _recipe(given)
@@ -104,7 +104,7 @@ def finetune(directory: str, out: str, **given: Any) -> None:
             done = train(
                 directory, given["data"], out, recipe, validation=given["val"], metric=given["metric"],
                 reading=cli._reading(given), folder=given["state"], force=given["force"], restart=given["restart"],
-                moment=moment,
+                provider=options.provider, threads=options.threads, moment=moment,
             )  # fmt: skip
         if done is None:
             return  # another process tells

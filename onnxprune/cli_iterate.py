@@ -108,7 +108,7 @@ def _trainer(given: dict[str, Any], moment: Any) -> Trainer:
     if given["trainer"]:
         return Command(given["trainer"], given["data_path"], bool(given["sparsity"]))
     recipe = _recipe(given)  # says so where PyTorch is missing
-    return Reference(recipe, given["data_path"], cli._reading(given), given["final_epochs"], moment)
+    return Reference(recipe, given["data_path"], cli._reading(given), given["final_epochs"], moment, given["provider"])
 
 
 def _metric(model: str, path: str, reading: Any) -> str:

@@ -35,7 +35,7 @@ from onnxprune.sensitivity import sensitivity as measure
 @click.option("--csv", "csv_path", type=click.Path(), help="Write the table as CSV (- for stdout).")
 @click.option("--resume", is_flag=True, help="Go on with the table of --json: what it holds is not measured again.")
 @click.option("--force", is_flag=True, help="Overwrite tables; with --resume, drop rows of another measurement.")
-@cli._model_options
+@cli._shared_options
 def sensitivity(model: str, **given: Any) -> None:
     """Prune each group of MODEL alone, and show how much quality that costs, with and without compensation.
 
@@ -50,7 +50,7 @@ def sensitivity(model: str, **given: Any) -> None:
         with cli._progress(given) as progress:
             table = measure(
                 model, given["data"], given["metric"], shares=given["shares"], jobs=given["jobs"],
-                threads=given["threads"], reading=cli._reading(given), known=known, force=given["force"],
+                reading=cli._reading(given), known=known, force=given["force"],
                 progress=progress, finished=writer.finished, options=options,
             )  # fmt: skip
         writer.write(table)

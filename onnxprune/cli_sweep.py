@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from onnxprune import cli, onnx_io
+from onnxprune import cli, onnx_io, runtime
 from onnxprune.errors import UsageError
 from onnxprune.options import Options
 from onnxprune.report import environment, pareto, rows, text
@@ -59,7 +59,7 @@ def repeatable(command: Callable) -> Callable:
 @click.option("--out-dir", type=click.Path(), help="Write the pruned models and their plans to this folder.")
 @click.option("--resume", is_flag=True, help="Go on with the tables: what they hold does not run again.")
 @click.option("--force", is_flag=True, help="Overwrite tables and models; with --resume, drop runs of another sweep.")
-@cli._model_options
+@cli._shared_options
 def sweep(models: tuple[str, ...], **given: Any) -> None:
     """Prune every MODEL to every target in every way, and show the results in one table.
 
@@ -80,7 +80,7 @@ def sweep(models: tuple[str, ...], **given: Any) -> None:
             shared = {name: value for name, value in vars(base).items() if name not in (*AXES, "targets")}
             axes = {long: given[name] for name, long in AXES.items() if given.get(name)}
             targets = {name[7:]: given[name] for name in given if name.startswith("target_") and given[name]}
-            chosen = {name: given[name] for name in ("data", "metrics", "jobs", "threads", "backend", "scheduler", "ship",
+            chosen = {name: given[name] for name in ("data", "metrics", "jobs", "backend", "scheduler", "ship",
                                                      "out_dir")}  # fmt: skip
             found = run_sweep(
                 models, targets, **axes, **chosen, reading=cli._reading(given), known=known,
@@ -133,6 +133,8 @@ class _Writer:
     def __init__(self, given: dict[str, Any], options: dict[str, Any], single: dict[str, Any]) -> None:
         self._given, self._single = given, single
         self._options = {name: value for name, value in options.items() if name not in (*AXES, "targets")}
+        if given["backend"] == "local":
+            self._options["provider"] = runtime.provider_for(options["provider"])
 
     def finished(self, row: Row, table: list[Row]) -> None:
         """Take note of a run."""

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnxprune import onnx_io, parcels, pipeline, quality
+from onnxprune import onnx_io, parcels, pipeline, quality, runtime
 from onnxprune.artifact import export_artifact
 from onnxprune.budget import Budget
 from onnxprune.compose import compose
@@ -141,6 +141,29 @@ def iterate(
     _check(options, pace, chosen, reading)
     pipeline.check_output(original, out, force=force)
     folder = pathlib.Path(folder) if folder is not None else out.with_name(f"{out.name}.iterations")
+    with runtime.threads_limited(options.threads):
+        loop = _begin(
+            original,
+            folder,
+            options,
+            pace,
+            trainer,
+            validation,
+            chosen,
+            reading,
+            restart=restart,
+            say=say,
+            progress=progress,
+        )
+        return _run(loop, out)
+
+
+def _begin(
+    original: pathlib.Path, folder: pathlib.Path, options: Options, pace: Pace, trainer: Trainer,
+    validation: str | pathlib.Path, metric: Metric, reading: Reading, *, restart: bool, say: Callable[[str], None],
+    progress: Progress,
+) -> _Loop:  # fmt: skip
+    """Read and measure the original, and open the folder."""
     clock = Clock()
     loaded = pipeline.load(original, options, clock)
     before = loaded.cost.of(np.ones(loaded.coupling.n_classes, bool))
@@ -148,15 +171,16 @@ def iterate(
 
     def measure(path: pathlib.Path) -> Quality:
         return quality.evaluate(
-            path, validation, chosen, reference=original, reading=reading, provider=options.provider
+            path, validation, metric, reference=original, reading=reading, provider=options.provider
         )
 
     goals = {kind: budget.limit(kind) for kind in options.targets}
     goals = goals or {"mac": pipeline.floor(loaded, options)["mac"]}
     first = measure(original)
     settings = {
-        **{"model": parcels.digest(original), "validation": parcels.contents(validation), "metric": chosen.name},
-        **{**vars(options), "calib": parcels.contents(options.calib)},
+        **{"model": parcels.digest(original), "validation": parcels.contents(validation), "metric": metric.name},
+        **{name: value for name, value in vars(options).items() if name != "threads"},
+        **{"calib": parcels.contents(options.calib)},
         **{"sensitivity": parcels.contents(options.sensitivity), **vars(pace)},
         **{"how outputs are read": vars(reading), **trainer.settings()},
     }
@@ -164,8 +188,8 @@ def iterate(
     loop = _Loop(
         original, folder, options, pace, trainer, measure, first, loaded.coupling, before, goals, say, progress
     )
-    say(f"original: {chosen.name} {loop.before.value:.6g}")
-    return _run(loop, out)
+    say(f"original: {metric.name} {loop.before.value:.6g}")
+    return loop
 
 
 def _check(options: Options, pace: Pace, metric: Metric, reading: Reading) -> None:

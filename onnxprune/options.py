@@ -59,6 +59,11 @@ class Options:
         ``auto`` is ``least-squares`` where there is calibration data, else ``none``.
     sensitivity
         A table that the command ``sensitivity`` wrote, by which groups compare.
+    provider
+        Execution provider of onnxruntime that runs models; without one CUDA where that works, else the CPU. The proof
+        runs on the CPU unless a provider is named.
+    threads
+        Threads of each onnxruntime session; 0 leaves that to onnxruntime.
     scale, mean, std
         How integers in calibration data become floats: see :func:`onnxprune.data.load`.
     """
@@ -76,6 +81,7 @@ class Options:
     attention: str = "auto"
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     provider: str = ""
+    threads: int = 0
     seed: int = 0
     proof: bool = True
     calib: Any = None
@@ -99,7 +105,10 @@ class Options:
             raise UsageError(f"seed {self.seed}: must be 0 or more")
         if self.profile:
             profiles.load(self.profile)
-        runtime.check_provider(self.provider)
+        if self.threads < 0:
+            raise UsageError(f"threads {self.threads}: must be 0 (as onnxruntime chooses) or more")
+        if self.provider:
+            runtime.provider_for(self.provider)
         if self.criterion not in ("auto", *MEASURED):
             check_criterion(self.criterion)
         if self.allocation not in ALLOCATIONS:

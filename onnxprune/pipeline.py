@@ -153,7 +153,8 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     """
     options = options or options_from(chosen)
     clock = Clock()
-    return finish(ready(model, options, clock, progress), options, clock, progress)
+    with runtime.threads_limited(options.threads):
+        return finish(ready(model, options, clock, progress), options, clock, progress)
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def finish(run: Ready, options: Options, clock: Clock, progress: Progress = sile
         after["bytes"] = pruned.ByteSize() - overhead
     timed_after = {"latency": raced.ratio * before["latency"]} if raced else _latency(loaded, keep)
     targets = budget.rows({**after, **timed_after}, floor(loaded, options))
-    notes = (*loaded.notes(pruned), *run.notes, *_foreign(loaded, options))
+    notes = (*loaded.notes(pruned), *run.notes, *_foreign(loaded, options), *runtime.provider_notes(options.provider))
     if budget.met:
         notes = (*notes, "the model already meets the target; nothing was removed")
     elif options.calib is None:
@@ -303,7 +304,7 @@ def _compensate(
             progress=lambda done, total: progress("compensate", done, total),
         )  # fmt: skip
         amended = amend(pruned, fitted.values, fitted.added)
-        _run_whole(loaded, amended)
+        _run_whole(loaded, amended, options.provider)
     return amended, fitted
 
 
@@ -358,7 +359,8 @@ def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> 
     """Describe a model: cost per layer, groups, what is frozen and why, the reachable floor."""
     options = options or options_from(chosen)
     clock = Clock()
-    loaded = load(model, options, clock)
+    with runtime.threads_limited(options.threads):
+        loaded = load(model, options, clock)
     with clock.stage("score"):
         scores = score(loaded.coupling, options.criterion_for(False), options.seed)
     every = np.ones(loaded.coupling.n_classes, bool)
@@ -380,11 +382,13 @@ def apply(
     options = options or options_from(chosen)
     plan = read_plan(plan)
     clock = Clock()
-    loaded = load(model, options, clock, plan)
-    keep = keep_of(loaded.coupling, plan)
-    pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
+    with runtime.threads_limited(options.threads):
+        loaded = load(model, options, clock, plan)
+        keep = keep_of(loaded.coupling, plan)
+        pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
-    described = replace(described, proof=proof, notes=loaded.notes(pruned))
+    notes = (*loaded.notes(pruned), *runtime.provider_notes(options.provider))
+    described = replace(described, proof=proof, notes=notes)
     return Result(pruned, plan, described)
 
 
@@ -405,7 +409,8 @@ def verify(
     options = options or options_from(chosen)
     plan = read_plan(plan)
     clock = Clock()
-    return verify_loaded(load(original, options, clock, plan), pruned, plan, options, clock, progress)
+    with runtime.threads_limited(options.threads):
+        return verify_loaded(load(original, options, clock, plan), pruned, plan, options, clock, progress)
 
 
 def verify_loaded(
@@ -419,11 +424,12 @@ def verify_loaded(
     with clock.stage("compare"):
         differences, exact = onnx_io.compare(inline(sliced), given)
     if not differences:
-        _run_whole(loaded, given)
+        _run_whole(loaded, given, options.provider)
     if differences:
         raise ProofError(f"the pruned model is not what the plan makes of the original: {differences[0]}", differences)
     described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
-    described = replace(described, proof=proof, weights="exact" if exact else "changed")
+    notes = runtime.provider_notes(options.provider)
+    described = replace(described, proof=proof, weights="exact" if exact else "changed", notes=notes)
     if not isinstance(pruned, onnx.ModelProto):
         described = replace(described, output={"path": str(pruned), "sha256": onnx_io.sha256(pruned)})
     return described
@@ -458,6 +464,7 @@ def describe(loaded: Loaded, options: Options, keep: np.ndarray, scores: np.ndar
 def _told(options: Options) -> dict[str, Any]:
     """Options as plain data, without those that say nothing."""
     told = {name: value for name, value in vars(options).items() if name != "calib" and value not in ((), {}, "", None)}
+    told["provider"] = runtime.provider_for(options.provider)
     if options.calib is not None:
         told["calib"] = str(options.calib) if isinstance(options.calib, str | os.PathLike) else "arrays"
     return told
@@ -523,14 +530,15 @@ def _apply_and_prove(
         flat, graph = _read_pruned(loaded, pruned)
         proof = prove(
             loaded.flat, flat, graph, loaded.coupling, plan, keep,
-            seed=options.seed, progress=lambda done, total: progress("prove", done, total),
+            seed=options.seed, provider=options.provider or None,
+            progress=lambda done, total: progress("prove", done, total),
         )  # fmt: skip
     if not proof.ok:
         raise ProofError(
             f"the pruned graph is not the masked original: {proof.failures[0]}; nothing was written", proof.failures
         )
     with clock.stage("prove"):
-        _run_whole(loaded, pruned)
+        _run_whole(loaded, pruned, options.provider)
     return pruned, proof
 
 
@@ -547,7 +555,7 @@ def _apply(loaded: Loaded, plan: Plan, keep: np.ndarray) -> onnx.ModelProto:
     return called if inner[0] == inner[1] and calls[0] == calls[1] else pruned
 
 
-def _run_whole(loaded: Loaded, pruned: onnx.ModelProto) -> None:
+def _run_whole(loaded: Loaded, pruned: onnx.ModelProto, provider: str) -> None:
     """Run the pruned model as users will: in one piece, optimised, with its declared shapes, and at another batch size."""
     model = loaded.coupling.model
     dynamic = {name for name, dims in model.declared.items() if dims and not isinstance(dims[0], int)}
@@ -555,7 +563,7 @@ def _run_whole(loaded: Loaded, pruned: onnx.ModelProto) -> None:
     # From a file, because a session made from bytes keeps them beside its own copy.
     with onnx_io.temporary_file(pruned) as path:
         try:
-            session = runtime.Session(path)
+            session = runtime.Session(path, provider)
             session.run(runtime.random_feeds(session.inputs, model.input_shapes))
         except ModelError as error:
             raise ProofError(f"the pruned model does not run: {error}; nothing was written", (str(error),)) from error
@@ -570,7 +578,7 @@ def _run_whole(loaded: Loaded, pruned: onnx.ModelProto) -> None:
             return
     with onnx_io.temporary_file(loaded.proto) as path:
         try:
-            runtime.Session(path).run(feeds)
+            runtime.Session(path, provider).run(feeds)
         except ModelError:
             return  # the original does not run there either
     raise ProofError(f"the pruned model does not run at batch 2: {problem}; nothing was written", (problem,))

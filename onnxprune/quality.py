@@ -44,6 +44,7 @@ def evaluate(
     reading: Reading | None = None,
     part: Part = "all",
     provider: str = "",
+    threads: int = 0,
     progress: Progress = silent,
     note: Note = silent_note,
 ) -> Quality:
@@ -57,12 +58,17 @@ def evaluate(
         Original to compare with, where ``metric`` measures agreement, or likeness and the data has no targets.
     part
         ``search`` and ``check`` are two halves of the data with no sample in common; see :func:`onnxprune.data.halves`.
+    provider, threads
+        As in :class:`onnxprune.Options`.
     note
         Told what was decided on the user's behalf.
     """
     metric, reading = find_metric(metric), reading or Reading()
-    session = _session(model, provider)
-    other = session if _same(model, reference) else _session(reference, provider) if reference is not None else None
+    with runtime.threads_limited(threads):
+        session = _session(model, provider)
+        other = session if _same(model, reference) else _session(reference, provider) if reference is not None else None
+    for text in runtime.provider_notes(provider):
+        note(text)
     return validate.evaluate(
         session,
         _samples(data_path, session, reading, part, note),

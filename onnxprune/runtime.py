@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -53,17 +54,30 @@ _DTYPES = {
     "tensor(bool)": np.bool_,
 }
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+_EXACT = {CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
+"""Options of providers without which float32 is not float32, or two runs are not alike."""
+
 _limit: ContextVar[int] = ContextVar("threads", default=0)
 
 
 @contextmanager
 def threads_limited(threads: int) -> Iterator[None]:
-    """Let the sessions that this context starts use so many threads each, where they are not told otherwise."""
-    token = _limit.set(threads)
+    """Let the sessions that this context starts use so many threads each, where they are not told otherwise.
+
+    0 leaves them what the context around this one gives them.
+    """
+    token = _limit.set(threads or thread_limit())
     try:
         yield
     finally:
         _limit.reset(token)
+
+
+def thread_limit() -> int:
+    """Threads of each session that starts here; 0 where onnxruntime chooses."""
+    return _limit.get()
 
 
 class Session:
@@ -74,7 +88,7 @@ class Session:
     model
         A file's path (external data is found beside it), or serialised bytes.
     provider
-        onnxruntime execution provider, ``CPUExecutionProvider`` by default.
+        Execution provider as :func:`provider_for` takes it; None is the CPU, where every figure is the same each time.
     optimize
         False runs the graph as written, so that intermediate values are what the file says.
     threads
@@ -93,37 +107,35 @@ class Session:
     ------
     ModelError
         onnxruntime rejects the model.
+    UsageError
+        The provider is not available, or it does not work here.
     """
 
     def __init__(
-        self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0, keep: bool = True,
-        spin: bool = True,
+        self, model: str | bytes, provider: str | None = None, *, optimize: bool = True, threads: int = 0,
+        keep: bool = True, spin: bool = True,
     ) -> None:  # fmt: skip
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = threads or _limit.get()
-        levels = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-        if not optimize or not keep:
-            options.enable_cpu_mem_arena = False
-        if not (keep and spin):
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = _settings(threads or thread_limit(), optimize=optimize, keep=keep, spin=spin)
         self.promoted = False
+        chosen = CPU if provider is None else provider_for(provider)
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=providers(provider))
+            self._session = _started(model, options, chosen)
             if any("bfloat16" in value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())):
                 raise TypeError("numpy arrays cannot feed bfloat16")
+        except UsageError:
+            raise
         except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this model
-            promoted = _promoted(model)
+            if chosen != CPU and not works(chosen):
+                raise _broken(chosen, _first_line(error)) from error
+            promoted, where = _promoted(model), "" if chosen == CPU else f" on {chosen}"
+            refused = ModelError(f"onnxruntime cannot load the model{where}: {_first_line(error)}")
             if promoted is None:
-                raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+                raise refused from error
             self.promoted = True
             try:
-                self._session = onnxruntime.InferenceSession(
-                    promoted.SerializeToString(), options, providers=providers(provider)
-                )
+                self._session = _started(promoted.SerializeToString(), options, chosen)
             except Exception:  # the first error is about what the user gave
-                raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+                raise refused from error
         self.inputs: dict[str, tuple[tuple[int | str | None, ...], np.dtype]] = {
             i.name: (tuple(i.shape), np.dtype(_DTYPES.get(i.type, np.float32))) for i in self._session.get_inputs()
         }
@@ -151,16 +163,13 @@ class Session:
 class KernelClock:
     """A model of one layer, and the time its operators take; what changes the layout of tensors around it is left out."""
 
-    def __init__(self, model: bytes, provider: str = "", threads: int = 0) -> None:
+    def __init__(self, model: bytes, provider: str | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="onnxprune.")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = threads or _limit.get()
+        options = _settings(thread_limit(), spin=False)
         options.enable_profiling = True
         options.profile_file_prefix = f"{self._folder.name}/kernels"
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=providers(provider))
+            self._session = _started(model, options, CPU if provider is None else provider_for(provider))
             shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
             dtypes = {i.name: np.dtype(_DTYPES.get(i.type, np.float32)) for i in self._session.get_inputs()}
             self._feeds = random_feeds({name: (shapes[name], dtypes[name]) for name in shapes}, shapes)
@@ -234,23 +243,87 @@ def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
     return promoted if found else None
 
 
-def providers(name: str = "") -> list[str]:
-    """Providers to ask for, checked against what is installed; ``name`` may leave out "ExecutionProvider"."""
+def _settings(
+    threads: int, *, optimize: bool = True, keep: bool = True, spin: bool = True
+) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if not optimize or not keep:
+        options.enable_cpu_mem_arena = False
+    if not (keep and spin):
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _started(model: str | bytes, options: onnxruntime.SessionOptions, provider: str) -> onnxruntime.InferenceSession:
+    """Start a session; one that left the provider out, as onnxruntime does where a driver is missing, is an error."""
+    asked = [(provider, _EXACT[provider])] if provider in _EXACT else [provider]
+    # By itself onnxruntime would print to stdout and go on with another provider.
+    session = onnxruntime.InferenceSession(model, options, providers=asked, enable_fallback=0)
+    if provider not in session.get_providers():
+        raise _broken(provider, f"onnxruntime took {session.get_providers()[0]} instead")
+    return session
+
+
+def _broken(provider: str, why: str) -> UsageError:
+    return UsageError(
+        f"provider {provider} is installed but does not work here ({why}); check its driver and libraries against what "
+        f"onnxruntime {VERSION} needs, or use --provider CPU"
+    )
+
+
+def available() -> list[str]:
+    """Full names of the execution providers that onnxruntime has."""
+    return list(onnxruntime.get_available_providers())
+
+
+def provider_for(name: str = "") -> str:
+    """Full name of the execution provider that runs models where a user asks for ``name``.
+
+    ``name`` may leave out "ExecutionProvider"; without a name that is CUDA where it works, else the CPU.
+
+    Raises
+    ------
+    UsageError
+        onnxruntime does not have it.
+    """
     if not name:
-        return ["CPUExecutionProvider"]
-    available = onnxruntime.get_available_providers()
-    full = next((p for p in available if p.lower() in (name.lower(), name.lower() + "executionprovider")), None)
+        return CUDA if _has_cuda() and works(CUDA) else CPU
+    here = available()
+    full = next((p for p in here if p.lower() in (name.lower(), name.lower() + "executionprovider")), None)
     if full is None:
-        raise ModelError(f"provider {name} is not available here; available: {', '.join(available)}")
-    return [full]
+        raise UsageError(f"provider {name} is not available here; available: {', '.join(here)}")
+    return full
 
 
-def check_provider(name: str) -> None:
-    """Raise :class:`UsageError` where a provider is not available."""
+@lru_cache
+def works(provider: str) -> bool:
+    """Whether a session with a provider that onnxruntime has runs: that it is installed says nothing about its driver."""
+    x, y = (onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     try:
-        providers(name)
-    except ModelError as error:
-        raise UsageError(str(error)) from error
+        options = _settings(1, keep=False)
+        _started(model.SerializeToString(), options, provider).run(None, {"x": np.ones(1, np.float32)})
+    except Exception:  # each provider has errors of its own
+        return False
+    return True
+
+
+def _has_cuda() -> bool:
+    return CUDA in available()
+
+
+def provider_notes(name: str) -> tuple[str, ...]:
+    """What a user should know who did not name a provider."""
+    if name or not _has_cuda():
+        return ()
+    if works(CUDA):
+        return (f"models ran on {CUDA}; --provider CPU takes the CPU",)
+    return (f"{CUDA} is installed but does not work here; models ran on the CPU",)
 
 
 def random_feeds(
@@ -287,7 +360,7 @@ def measure(
 
 
 def compare_latency(
-    models: Sequence[str], shapes: Mapping[str, Sequence[int]], provider: str = "", seconds: float = 1.0
+    models: Sequence[str], shapes: Mapping[str, Sequence[int]], provider: str | None = None, seconds: float = 1.0
 ) -> tuple[float, ...]:
     """Median milliseconds of each model file on random input, measured in turn (A, B, A, B, ..) after a warm-up."""
     sessions = [Session(model, provider) for model in models]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxprune import quality
+from onnxprune import quality, runtime
 from onnxprune.errors import QualityError, UsageError
 from onnxprune.metrics import Metric
 from onnxprune.metrics import find as find_metric
@@ -63,6 +63,11 @@ def prune_to_quality(
         )
     if guard.max_drop is None and guard.min_quality is None:
         raise UsageError("a search needs --max-drop or --min-quality")
+    with runtime.threads_limited(options.threads):
+        return _search(model, guard, options, progress, say)
+
+
+def _search(model: ModelLike, guard: Guard, options: Options, progress: Progress, say: Callable[[str], None]) -> Result:
     clock = Clock()
     judge = _Judge(model, guard, options.provider)
     before = judge.original("search")

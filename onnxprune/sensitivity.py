@@ -60,7 +60,7 @@ def sensitivity(
     *,
     shares: Sequence[float] = SHARES,
     jobs: int | None = None,
-    threads: int = 1,
+    threads: int | None = None,
     reading: quality.Reading | None = None,
     known: SensitivityTable | None = None,
     force: bool = False,
@@ -78,9 +78,10 @@ def sensitivity(
     data, metric
         What :func:`onnxprune.evaluate` takes; without them only the error of the outputs is measured, on ``calib``.
     jobs
-        Processes (all cores by default); each holds a model of its own. With 1 all happens in this process.
+        Processes (by default one per core, and a single one where a GPU runs the models); each holds a model of its own.
+        With 1 all happens in this process.
     threads
-        Threads of each process.
+        Threads of each process (default: those of the options, and one where they name none).
     known
         An earlier table, whose rows are kept and not measured again; one of another model, other data, options or
         another version is refused unless ``force`` drops it.
@@ -100,6 +101,7 @@ def sensitivity(
         options = options or Options(**chosen)
     except TypeError as error:
         raise UsageError(str(error)) from error
+    threads = threads or options.threads or 1
     _check(options, data, metric, shares, reading)
     with _file_of(model) as path, runtime.threads_limited(threads):
         job = _job(path, options, data, metric, reading or quality.Reading(), threads)
@@ -113,7 +115,9 @@ def sensitivity(
             calls = [(job, row) for row in waiting]
             count = len(planned) - len(waiting)
             progress("sensitivity", count, len(planned))
-            with closing(workers.locally(measure, calls, jobs or workers.cores(), threads)) as results:
+            with closing(
+                workers.locally(measure, calls, jobs or workers.processes(options.provider), threads)
+            ) as results:
                 for number, result in results if calls else ():  # without calls the generator does not even start
                     row = _row_of(waiting[number], result)
                     rows[row.group, row.share] = row
@@ -161,7 +165,7 @@ def _job(
     if isinstance(calib, str | os.PathLike):
         calib = str(pathlib.Path(calib).resolve())
     # What only selection and the proof look at makes no other rows.
-    options = replace(options, calib=calib, preset="a", allocation="error", proof=False)
+    options = replace(options, calib=calib, preset="a", allocation="error", proof=False, threads=0)
     data = None if data is None else str(pathlib.Path(data).resolve())
     of_calib = parcels.digest(calib) if isinstance(calib, str) else hashlib.sha256(pickle.dumps(calib)).hexdigest()
     fields = {name: value for name, value in vars(options).items() if name != "calib"}
@@ -184,6 +188,7 @@ def _begin(state: _Opened, path: str | None) -> SensitivityTable:
         told["calib"] = told["calib"] if isinstance(told["calib"], str) else "arrays"
     for name in ("preset", "allocation", "proof"):
         del told[name]
+    told |= {"provider": runtime.provider_for(job.options.provider), "threads": job.threads}
     told["criterion"] = job.options.criterion_for(job.options.calib is not None)
     told["compensate"] = job.options.compensation
     return SensitivityTable(

@@ -50,7 +50,7 @@ def cache_folder() -> pathlib.Path:
 
 def measure_tables(
     model: onnx.ModelProto, cost: Cost, sha256: str, block: Callable[[str], tuple[int, int]], *, provider: str = "",
-    threads: int = 0, progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Table | None]:  # fmt: skip
     """Measure a table for every layer, or read it from the cache of this model, provider and machine.
 
@@ -59,14 +59,14 @@ def measure_tables(
     block
         Multiples of input and output channels for a kind of operator.
     """
-    cache = _Cache(sha256 or hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest(), provider, threads)
+    cache = _Cache(sha256 or hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest(), provider)
     protos = {name: proto for proto in model.graph.node for name in proto.output if name}
     tables: list[Table | None] = []
     for number, work in enumerate(cost.works):
         progress(number, len(cost.works))
         proto = protos.get(work.node.key)
         layer = None if proto is None else _layer(cost.coupling, work, proto, block(kind_of(work)), model)
-        tables.append(None if layer is None else cache.get(layer.key, partial(_measured, layer, provider, threads)))
+        tables.append(None if layer is None else cache.get(layer.key, partial(_measured, layer, provider)))
     progress(len(cost.works), len(cost.works))
     cache.save()
     return tables
@@ -180,14 +180,14 @@ class _Builder:
         return shapes
 
 
-def _measured(layer: _Layer, provider: str, threads: int) -> Table | None:
+def _measured(layer: _Layer, provider: str) -> Table | None:
     """Measure a layer at all its counts, each in turn with the layer as it is; None where it does not run alone."""
     places = [(i, o) for i in range(len(layer.inputs)) for o in range(len(layer.outputs))][:-1]
     try:
-        reference = runtime.KernelClock(layer.build(layer.inputs[-1], layer.outputs[-1]), provider, threads)
+        reference = runtime.KernelClock(layer.build(layer.inputs[-1], layer.outputs[-1]), provider)
         found = []
         for i, o in places:
-            clock = runtime.KernelClock(layer.build(layer.inputs[i], layer.outputs[o]), provider, threads)
+            clock = runtime.KernelClock(layer.build(layer.inputs[i], layer.outputs[o]), provider)
             for _ in range(ROUNDS):
                 reference.run()
                 clock.run()
@@ -207,9 +207,11 @@ def _measured(layer: _Layer, provider: str, threads: int) -> Table | None:
 class _Cache:
     """Tables of one model, provider, number of threads and machine, by a layer's key; a file that others may share."""
 
-    def __init__(self, model: str, provider: str, threads: int) -> None:
+    def __init__(self, model: str, provider: str) -> None:
         machine = f"{platform.processor() or platform.machine()} {_cpu()} {os.cpu_count()} {runtime.VERSION}"
-        name = hashlib.sha256(f"{model} {provider} {threads} {machine}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(
+            f"{model} {runtime.provider_for(provider)} {runtime.thread_limit()} {machine}".encode()
+        ).hexdigest()[:32]
         self.path = cache_folder() / "latency" / f"{name}.json"
         self.fresh = False
         try:
@@ -258,12 +260,10 @@ class Race:
         Input shapes.
     """
 
-    def __init__(
-        self, original: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], provider: str = "", threads: int = 0
-    ) -> None:
-        self.shapes, self.provider, self.threads = shapes, provider, threads
+    def __init__(self, original: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], provider: str = "") -> None:
+        self.shapes, self.provider = shapes, provider
         with onnx_io.temporary_file(original) as path:
-            self.session = runtime.Session(path, provider, threads=threads, spin=False)
+            self.session = runtime.Session(path, provider, spin=False)
         self.feeds = runtime.random_feeds(self.session.inputs, shapes)
 
     def alone(self) -> float:
@@ -273,7 +273,7 @@ class Race:
     def run(self, candidate: onnx.ModelProto, seconds: float = SECONDS) -> Result:
         """Run original and candidate in turn until the ratio is known well enough, or for ``seconds``."""
         with onnx_io.temporary_file(candidate) as path:
-            session = runtime.Session(path, self.provider, threads=self.threads, spin=False)
+            session = runtime.Session(path, self.provider, spin=False)
         pairs: list[tuple[float, float]] = []
         begin = time.perf_counter()
         while len(pairs) < LEAST or time.perf_counter() - begin < seconds:

@@ -94,7 +94,8 @@ def sweep(
     presets, criteria, compensations
         Values of the options ``preset``, ``criterion`` and ``compensate``; the default alone where not given.
     jobs
-        Processes on this machine (all cores by default); each holds a model of its own. With 1 all runs in this process.
+        Processes on this machine (by default one per core, and a single one where a GPU runs the models); each holds a
+        model of its own. With 1 all runs in this process.
     threads
         Threads of each run. The same number on every machine gives the same figures to the last digit.
     scheduler
@@ -143,7 +144,7 @@ def sweep(
     with closing(
         workers.on_dask(execute, calls, scheduler, note)
         if backend == "dask"
-        else workers.locally(execute, calls, jobs or workers.cores(), threads)
+        else workers.locally(execute, calls, jobs or workers.processes(options.get("provider", "")), threads)
     ) as results:
         for number, result in results if calls else ():  # without calls the generator does not even start
             row = _finish(waiting[number], result)

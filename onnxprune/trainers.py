@@ -117,6 +117,8 @@ class Reference:
         A :class:`onnxprune.train.Recipe`, its ``sparsity`` for all but the last training.
     final_epochs
         Epochs of the last training; 0 for as many as of the others.
+    provider
+        Execution provider of onnxruntime that judges epochs.
     """
 
     recipe: Any
@@ -124,6 +126,7 @@ class Reference:
     reading: Reading
     final_epochs: int = 0
     moment: Callable[[Any], None] = lambda now: None
+    provider: str = ""
 
     def __post_init__(self) -> None:
         if not pathlib.Path(self.data).exists():
@@ -146,4 +149,7 @@ class Reference:
         recipe = (
             replace(self.recipe, sparsity=0.0, epochs=self.final_epochs or self.recipe.epochs) if last else self.recipe
         )
-        finetune(artifact, self.data, out, recipe, reading=self.reading, folder=folder, force=True, moment=self.moment)
+        finetune(
+            artifact, self.data, out, recipe, reading=self.reading, folder=folder, force=True, provider=self.provider,
+            moment=self.moment,
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from onnxprune import runtime
 from onnxprune.errors import OnnxPruneError, UsageError
 
 CONNECT_SECONDS = 8
@@ -27,6 +28,11 @@ def cores() -> int:
     import joblib  # noqa: PLC0415 (only sweeps need it)
 
     return int(joblib.cpu_count())
+
+
+def processes(provider: str) -> int:
+    """Processes to start where nobody says how many: one per core, but a GPU is shared badly."""
+    return cores() if runtime.provider_for(provider) == runtime.CPU else 1
 
 
 def locally(

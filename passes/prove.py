@@ -71,6 +71,7 @@ def prove(
     keep: np.ndarray,
     *,
     seed: int = 0,
+    provider: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Proof:
     """Compare ``pruned`` with ``original`` masked by ``keep`` (bool per class of ``coupling``).
@@ -79,6 +80,8 @@ def prove(
     ----------
     pruned_model
         ``pruned`` as read, at the same input shapes.
+    provider
+        Execution provider that both run on; None is the CPU.
     """
     computed = {name for proto in pruned.graph.node for name in proto.output}
     model = coupling.model
@@ -95,7 +98,7 @@ def prove(
             if c.redefined and len(coupling.kept(_axis(coupling, c), keep)) < length(_axis(coupling, c))
         )
     )
-    numeric = _Comparison(original, pruned, pruned_model, coupling, plan, keep, seed)
+    numeric = _Comparison(original, pruned, pruned_model, coupling, plan, keep, seed, provider)
     cuts = list(segments(model, needed))
     for number, segment in enumerate(cuts):
         progress(number, len(cuts))
@@ -229,10 +232,10 @@ def _axis(coupling: Coupling, contraction):
 class _Comparison:
     """Runs segments of both graphs on the same random input and compares every tensor that survives."""
 
-    def __init__(self, original, pruned, pruned_model, coupling, plan, keep, seed) -> None:
+    def __init__(self, original, pruned, pruned_model, coupling, plan, keep, seed, provider) -> None:
         self.original, self.pruned, self.pruned_model = original, pruned, pruned_model
         self.coupling, self.plan, self.keep = coupling, plan, keep
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.provider = np.random.default_rng(seed), provider
         self.of_original = {name: proto for proto in original.graph.node for name in proto.output if name}
         self.of_pruned = {name: proto for proto in pruned.graph.node for name in proto.output if name}
         self.max_rel_err, self.tensors = 0.0, 0
@@ -275,7 +278,7 @@ class _Comparison:
         try:
             protos = [self.of_pruned[node.key] for node in segment.nodes]
             model, constants = plain_graph(self.pruned, self.pruned_model, protos, segment.compared, segment.entries)
-            session = Session(model, optimize=False, threads=segment.threads)
+            session = Session(model, self.provider, optimize=False, threads=segment.threads)
             actual = _run(session, {**constants, **kept}, segment.compared)
         except ModelError as error:
             return str(error)
@@ -290,7 +293,7 @@ class _Comparison:
         nodes, masks = masked_nodes(coupling, self.keep, protos, segment.nodes)
         model, constants = plain_graph(self.original, coupling.model, nodes, segment.compared, segment.entries)
         model = _with_constants(model, masks)
-        session = Session(model, optimize=False, threads=segment.threads)
+        session = Session(model, self.provider, optimize=False, threads=segment.threads)
 
         def run(entries):
             values = _run(session, {**constants, **entries}, segment.compared)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from math import ceil
 
 import numpy as np
@@ -263,8 +263,11 @@ def _restore(
     return keep
 
 
-TRIED = 48
+TRIED = 24
 """Blocks on either side of which two move at once, and exchanges that are tried at a time."""
+
+EXCHANGES = 48
+"""Exchanges that are made; many small blocks lie close to the best way as they are."""
 
 
 def _exchange(
@@ -288,7 +291,7 @@ def _exchange(
     def growth(counts: np.ndarray, block: int, sign: int) -> np.ndarray:
         return np.array([cost.terms[kind].change(counts, atoms[block][0], sign * atoms[block][1]) for kind in budget])
 
-    for _ in range(2 * len(blocks)):
+    for made in count():
         back = [mine[bundle][n - 1] for bundle, n in gone.items() if n]
         away = [mine[bundle][n] for bundle, n in gone.items() if n < len(mine[bundle])]
         sides = [
@@ -296,7 +299,7 @@ def _exchange(
             for found, sign in ((back, 1), (away, -1))
             for block in found
         ]
-        for move in _moves(sides, left, limits):
+        for move in _moves(sides if made < EXCHANGES else sides[: len(back)], left, limits):
             after, grown = counts.copy(), np.zeros(len(limits))
             for block, sign in move:
                 grown += growth(after, block, sign)

@@ -21,11 +21,12 @@ LAYERS = (
     },
     {
         "onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers",
-        "checkpoint_files", "checkpoint_map", "comparison", "compose", "manifest", "recover", "supervision",
+        "checkpoint_files", "checkpoint_map", "comparison", "compose", "encoding_entries", "manifest", "recover",
+        "supervision",
     },
     {
         "pipeline", "options", "stopwatch", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity",
-        "artifact", "checkpoint", "difference",
+        "artifact", "checkpoint", "difference", "encodings",
     },
     {"train"},
     {"iterate", "steps", "trainers"},

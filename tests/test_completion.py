@@ -34,6 +34,7 @@ def completed(words: str, position: int) -> list[str]:
             "onnxprune in.onnx out.onnx --target-m", 3, "plain,--target-mac", id="option-of-the-default-command"
         ),
         pytest.param("onnxprune inspect --preset ", 3, "plain,d", id="choice"),
+        pytest.param("onnxprune inspect --provider c", 3, "plain,CPU", id="provider"),
         pytest.param("onnxprune verify a.onnx b.onnx --plan p", 5, "file,p", id="file-of-an-option"),
     ],
 )

@@ -184,7 +184,8 @@ def test_tables_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: pat
     cost = Cost(couple(onnx_io.read(model)))
 
     def tables(threads: int = 1) -> list[Table | None]:
-        return stopwatch.measure_tables(model, cost, "model", lambda kind: (8, 8), threads=threads)
+        with runtime.threads_limited(threads):
+            return stopwatch.measure_tables(model, cost, "model", lambda kind: (8, 8))
 
     first = tables()
     assert [None if t is None else t.ms.shape for t in first] == [(1, 3), (3, 3), (3, 1)]
@@ -208,7 +209,7 @@ def test_every_kind_of_layer_is_measured(name: str) -> None:
     """Convolutions, depthwise and transposed ones, and products run alone at every count of their table."""
     model = architectures.ALL[name]()
     cost = Cost(couple(onnx_io.read(model)))
-    tables = stopwatch.measure_tables(model, cost, name, lambda kind: (8, 8), threads=1)
+    tables = stopwatch.measure_tables(model, cost, name, lambda kind: (8, 8))
     assert all(table is not None and np.isfinite(table.ms).all() for table in tables)
     assert any(table is not None and table.ms.size > 1 for table in tables)
 

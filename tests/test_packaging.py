@@ -75,8 +75,10 @@ def test_data_files_are_listed() -> None:
     for package, folder in packages_in_the_tree().items():
         patterns = SETUPTOOLS["package-data"].get(package, [])
         listed = {path for pattern in patterns for path in folder.glob(pattern)}
-        others = {path for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc")}
-        assert others == listed, package
+        plain = [own for own in folder.iterdir() if own.is_dir() and own.name != "__pycache__"]
+        plain = [own for own in plain if not (own / "__init__.py").exists()]
+        files = [path for own in (folder, *plain) for path in own.iterdir() if path.is_file()]
+        assert {path for path in files if path.suffix not in (".py", ".pyc")} == listed, package
 
 
 def test_version_is_the_project_s() -> None:

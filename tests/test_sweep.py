@@ -154,16 +154,18 @@ def test_sessions_of_a_run_use_the_threads_that_it_was_given(monkeypatch: pytest
     """A limit holds for the sessions that its context starts, not for one that asks for its own, nor afterwards."""
     threads: list[int] = []
 
-    def session(model: bytes, options: Any, providers: list[str]) -> SimpleNamespace:
+    def session(model: bytes, options: Any, providers: list[str], **_: Any) -> SimpleNamespace:
         threads.append(options.intra_op_num_threads)
-        return SimpleNamespace(get_inputs=list, get_outputs=list)
+        return SimpleNamespace(get_inputs=list, get_outputs=list, get_providers=lambda: providers)
 
     monkeypatch.setattr(runtime.onnxruntime, "InferenceSession", session)
     with runtime.threads_limited(3):
         runtime.Session(b"")
         runtime.Session(b"", threads=2)
+        with runtime.threads_limited(0):
+            runtime.Session(b"")
     runtime.Session(b"")
-    assert threads == [3, 2, 0]
+    assert threads == [3, 2, 3, 0]
 
 
 # -- models and plans --------------------------------------------------------------------------------------------------

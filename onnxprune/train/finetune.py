@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -61,7 +62,7 @@ def finetune(
     directory: str | os.PathLike, data_path: str | os.PathLike, out: str | os.PathLike, recipe: Recipe | None = None, *,
     validation: str | os.PathLike | None = None, metric: str | None = None, reading: Reading | None = None,
     folder: str | os.PathLike | None = None, force: bool = False, restart: bool = False,
-    moment: Callable[[Moment], None] = lambda now: None,
+    provider: str = "", threads: int = 0, moment: Callable[[Moment], None] = lambda now: None,
 ) -> Trained | None:  # fmt: skip
     """Train the student of an artifact and write it to ``out``.
 
@@ -79,6 +80,8 @@ def finetune(
         Where the run's state goes (default: ``OUT.training`` beside ``out``). A run that was killed goes on from there.
     restart
         Drop the state of an earlier run.
+    provider, threads
+        What onnxruntime judges by, as in :class:`onnxprune.Options`; the threads are PyTorch's, too.
 
     Raises
     ------
@@ -87,7 +90,7 @@ def finetune(
     ProofError
         The trained graph is not the pruned one with other weights (a bug: weights alone have changed).
     """
-    recipe, reading = recipe or Recipe(), reading or Reading()
+    recipe, reading, options = recipe or Recipe(), reading or Reading(), Options(provider=provider, threads=threads)
     artifact, out = read_artifact(directory), pathlib.Path(out)
     if not artifact.trainable:
         raise UsageError(f"{directory}: has no weights to train; its manifest says why each constant stays")
@@ -96,17 +99,28 @@ def finetune(
     if validation is not None and metric is None:
         raise UsageError("validation data needs a metric; give --metric, for example psnr or top1")
     folder = pathlib.Path(folder) if folder is not None else out.with_name(out.name + ".training")
-    with joined() as world:
+    with runtime.threads_limited(threads), _torch_threads(runtime.thread_limit()), joined() as world:
         if world.first:
             _open(folder, restart)
         world.agree(None)
-        return _train(artifact, data_path, out, recipe, validation, metric, reading, folder, moment, world)
+        return _train(artifact, data_path, out, recipe, validation, metric, reading, folder, options, moment, world)
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """Let PyTorch compute with so many threads; 0 leaves that to it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(
     artifact: Artifact, data_path: str | os.PathLike, out: pathlib.Path, recipe: Recipe,
     validation: str | os.PathLike | None, metric: str | None, reading: Reading, folder: pathlib.Path,
-    moment: Callable[[Moment], None], world: World,
+    options: Options, moment: Callable[[Moment], None], world: World,
 ) -> Trained | None:  # fmt: skip
     source = onnx_io.load(artifact.student)
     session = runtime.Session(str(artifact.student))
@@ -119,7 +133,7 @@ def _train(
     batches = Batches(samples, recipe, world.rank, world.size)
     judge = None
     if validation is not None and metric is not None:
-        judge = _judge(artifact, source, pathlib.Path(validation), metric, reading)
+        judge = _judge(artifact, source, pathlib.Path(validation), metric, reading, options.provider)
     key = _key(artifact, data_path, validation, metric, recipe, reading)
     trainer = Trainer(artifact, batches, losses, recipe, world, folder, key, judge, moment)
     resumed = trainer.progress.epoch
@@ -127,7 +141,7 @@ def _train(
     if not world.first:
         return None
     trained = OnnxModule(source, artifact.trainable).to_onnx(weights)
-    _prove(artifact, trained, weights, batches)
+    _prove(artifact, trained, weights, batches, options)
     onnx_io.save(trained, out)
     state.clear(folder)
     now = trainer.progress
@@ -149,16 +163,18 @@ def _load(path: str | os.PathLike, session: runtime.Session, reading: Reading) -
     return data.load(pathlib.Path(path), session.inputs, scale=reading.scale, mean=reading.mean, std=reading.std)
 
 
-def _judge(artifact: Artifact, source: onnx.ModelProto, path: pathlib.Path, metric: str, reading: Reading) -> Judge:
+def _judge(
+    artifact: Artifact, source: onnx.ModelProto, path: pathlib.Path, metric: str, reading: Reading, provider: str
+) -> Judge:
     """Judge weights as users will run them: written back, in onnxruntime."""
     chosen = find_metric(metric)
     chosen.check(reading)
-    reference = runtime.Session(str(artifact.teacher))
+    reference = runtime.Session(str(artifact.teacher), provider)
     samples = _load(path, reference, reading)
     module = OnnxModule(source, artifact.trainable)
 
     def measure(weights: Mapping[str, Tensor]) -> float:
-        session = runtime.Session(module.to_onnx(weights).SerializeToString())
+        session = runtime.Session(module.to_onnx(weights).SerializeToString(), provider)
         return validate.evaluate(session, samples, chosen, reference=reference, view=reading).value
 
     return Judge(measure, chosen.higher_is_better)
@@ -171,9 +187,11 @@ def _key(artifact: Artifact, *settings: object) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _prove(artifact: Artifact, trained: onnx.ModelProto, weights: Mapping[str, Tensor], batches: Batches) -> None:
+def _prove(
+    artifact: Artifact, trained: onnx.ModelProto, weights: Mapping[str, Tensor], batches: Batches, options: Options
+) -> None:
     """The graph is the pruned one but for its weights, and onnxruntime computes with them what was trained."""
-    pipeline.verify(artifact.teacher, trained, artifact.plan, Options())
+    pipeline.verify(artifact.teacher, trained, artifact.plan, options)
     inputs = {name: array[:1] for name, array in batches.pools[0].inputs.items()}
     module = OnnxModule(trained, artifact.trainable)
     with torch.no_grad():
