@@ -147,7 +147,7 @@ class Cost:
             "bandwidth": self._terms([*weight_terms, *activations]),
             "bytes": self._terms((float(itemsize), axes) for itemsize, axes in params),
         }
-        if profile is not None:
+        if profile is not None and profile.array:
             self.terms["effective_mac"] = Layered((mac, *self.channels), Rounding(self.works, profile))
         sizes = [len(array) for array in self._arrays]
         self._owner = np.repeat(np.arange(1, len(sizes) + 1), sizes)

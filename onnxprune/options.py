@@ -147,7 +147,7 @@ class Options:
         if self.profile or not self.in_blocks_here:
             return profiles.load(self.profile) if self.profile else None
         known = profiles.load("ort-cpu")
-        return replace(known, multiples={"*": (runtime.BLOCK, runtime.BLOCK)})
+        return replace(known, multiples={"*": (runtime.BLOCK, runtime.BLOCK)}, array={})
 
     @property
     def in_blocks_here(self) -> bool:

@@ -345,8 +345,10 @@ def _select_in_time(
 ) -> tuple[np.ndarray, Timing]:
     """Select so that what is measured end to end meets the target; the tables only say where to look."""
 
+    least = floor(loaded, options)["latency"] / budget.whole("latency")
+
     def choose(predicted: float) -> np.ndarray:
-        closer = replace(budget, targets={**budget.targets, "latency": predicted})
+        closer = replace(budget, targets={**budget.targets, "latency": min(1.0, max(predicted, 1.0001 * least))})
         return _select_to_fit(loaded, scores, closer, options)
 
     def measure(keep: np.ndarray) -> Timing:

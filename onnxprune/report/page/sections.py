@@ -119,7 +119,7 @@ def _targets(report: Report) -> Html | None:
     for index, target in enumerate(report.get("targets", ())):
         kind = "share" if target["requested"] <= 1 else "count"
         told = [figure(report, f"targets.{index}.{key}", kind) for key in ("requested", "achieved", "floor")]
-        asked = f"Asked for {NAMES.get(target['kind'], target['kind'])}: "
+        asked = f"Asked for {(NAMES | MORE_NAMES).get(target['kind'], target['kind'])}: "
         lines.append(tag("p", asked, told[0], "; achieved ", told[1], "; floor ", told[2]))
     return join(*lines) if lines else None
 
