@@ -344,7 +344,6 @@ def _select_in_time(
     loaded: Loaded, race: Race, scores: Scores, budget: Budget, options: Options
 ) -> tuple[np.ndarray, Timing]:
     """Select so that what is measured end to end meets the target; the tables only say where to look."""
-
     least = floor(loaded, options)["latency"] / budget.whole("latency")
 
     def choose(predicted: float) -> np.ndarray:
