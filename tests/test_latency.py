@@ -13,11 +13,13 @@ import architectures
 import onnxprune
 from commands import run
 from graphs import Tiny
-from onnxprune import onnx_io, runtime, stopwatch
+from onnxprune import onnx_io, profile, runtime, stopwatch
 from onnxprune.cost import Cost
 from onnxprune.latency import Table, parse, read_tables, with_latency
+from onnxprune.options import Options
 from onnxprune.passes.couple import couple
 from onnxprune.stopwatch import Result, fit
+from onnxprune.sweep import sweep
 
 
 @pytest.fixture(autouse=True)
@@ -245,3 +247,27 @@ def test_wrong_options(words: tuple[str, ...], message: str, tmp_path: pathlib.P
     assert found.exit_code in (2, 7)
     assert message in found.output
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_sweeps_do_not_measure(tmp_path: pathlib.Path) -> None:
+    """Runs side by side would spoil each other's latencies: a sweep needs a table, and then budgets by it."""
+    onnx_io.save(chain(16), tmp_path / "in.onnx")
+    with pytest.raises(onnxprune.UsageError, match="side by side"):
+        sweep([tmp_path / "in.onnx"], {"latency": [0.8]}, jobs=1)
+    path = table_file(tmp_path, "layer,inputs,outputs,ms\nc0,3,16,4\nc1,16,10,8\n")
+    (row,) = sweep([tmp_path / "in.onnx"], {"latency": [0.6]}, latency_table=str(path), proof=False, jobs=1)
+    assert row.ok
+    assert row.mac is not None
+    assert row.mac <= 0.7
+
+
+def test_blocks_follow_the_machine() -> None:
+    """Where latency is measured channels stay in this machine's blocks, unless a profile, alignment or table is given."""
+    measured = Options(targets={"latency": 0.7})
+    assert measured.hardware is not None
+    assert measured.hardware.multiple("Conv") == (runtime.BLOCK, runtime.BLOCK)
+    assert measured.hardware.array == {}
+    assert Options(targets={"latency": 0.7}, align=4).hardware is None
+    assert Options(targets={"latency": 0.7}, latency_table="t.csv").hardware is None
+    assert Options(targets={"mac": 0.7}).hardware is None
+    assert Options(targets={"latency": 0.7}, profile="ascend").hardware == profile.load("ascend")
