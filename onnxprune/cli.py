@@ -286,7 +286,8 @@ def prune(model: str, out: str, **given: Any) -> None:
             )
         _check_encodings(given)
         names = ("calib", "data", "sensitivity", "latency_table", "encodings")
-        reads = [model, *(given[name] for name in names if given[name])]
+        files = [given[name] for name in names] + [given["profile"] if given["profile"].endswith(".toml") else ""]
+        reads = [model, *filter(None, files)]
         writes = [out, given["json_path"], given["html_path"], given["plan_out"], given["encodings_out"]]
         _check_writes(given, reads, writes)
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
