@@ -111,7 +111,8 @@ class Contraction:
     """Axis ``axis`` of input ``input`` of ``node`` ends there.
 
     ``redefined`` marks statistics (means, norms, maxima) that are taken over the kept channels alone; ``state`` a weight
-    that meets channels which no input carries, because they come from the node's last step.
+    that meets channels which no input carries, because they come from the node's last step; ``zero`` is the input that
+    holds what stands for zero on a quantised one (None: zero itself does).
     """
 
     node: Node
@@ -119,16 +120,21 @@ class Contraction:
     axis: int
     redefined: bool = False
     state: bool = False
+    zero: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """Multiply-accumulates of a node: ``factor`` times the kept length of every axis; ``weight`` is its weight's input."""
+    """Multiply-accumulates of a node: ``factor`` times the kept length of every axis; ``weight`` is its weight's input.
+
+    ``packed`` are the weight's axes where its tensor holds several numbers in an element.
+    """
 
     node: Node
     axes: tuple[Axis, ...]
     factor: float
     weight: int | None
+    packed: tuple[Axis, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -348,7 +354,16 @@ class Ledger:
         if a is not b:
             self.ties.append((a, b))
 
-    def contract(self, node: Node, index: int, axis: int, *, redefined: bool = False, state: bool = False) -> None:
+    def contract(
+        self,
+        node: Node,
+        index: int,
+        axis: int,
+        *,
+        redefined: bool = False,
+        state: bool = False,
+        zero: int | None = None,
+    ) -> None:
         """Record that an axis of an input ends at this node.
 
         Where only constants take part, as in weight normalisation, a result computed from fewer would be another weight: the
@@ -356,11 +371,14 @@ class Ledger:
         """
         if all(self.is_weight(name) for name in node.inputs if name):
             self.freeze([self.input(node, index).axes[axis]], "a weight is computed from all of it", node.inputs[index])
-        self.contractions.append(Contraction(node, index, axis, redefined, state))
+        self.contractions.append(Contraction(node, index, axis, redefined, state, zero))
 
-    def work(self, node: Node, axes: Sequence[Axis], factor: float = 1, weight: int | None = None) -> None:
+    def work(
+        self, node: Node, axes: Sequence[Axis], factor: float = 1, weight: int | None = None,
+        packed: tuple[Axis, ...] | None = None,
+    ) -> None:  # fmt: skip
         """Record the node's multiply-accumulates as a product over axes."""
-        self.works.append(Work(node, tuple(axes), factor, weight))
+        self.works.append(Work(node, tuple(axes), factor, weight, packed))
 
     def attend(self, heads: Iterable[Axis], dims: Iterable[Axis]) -> None:
         """Record that the indices of some axes are heads of attention, and those of others its dimensions."""

@@ -13,22 +13,29 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError
 from onnxprune.labels import length
 from onnxprune.model import Model, Node
 from onnxprune.passes.apply import take
+from onnxprune.passes.closeness import closeness
 from onnxprune.passes.couple import Replayed, components, walk
-from onnxprune.passes.segments import DRAWS, Segment, halves, masked_nodes, plain_graph, random_entries, segments
+from onnxprune.passes.segments import (
+    DRAWS,
+    FED,
+    SPARE,
+    Segment,
+    crossing,
+    halves,
+    masked_nodes,
+    plain_graph,
+    random_entries,
+    segments,
+)
 from onnxprune.plan import Plan, expected_slices, owner
 from onnxprune.runtime import Session
-
-TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-4, np.dtype(np.float16): 3e-2}
-"""Largest difference over the spread of a tensor (standard deviation after its per-channel mean is removed)."""
-
-FEW = 16
-"""Elements of a tensor below which its spread is taken as at least a tenth of its largest value."""
 
 Progress = Callable[[int, int], None]
 
@@ -235,6 +242,7 @@ class _Comparison:
         self.rng = np.random.default_rng(seed)
         self.of_original = {name: proto for proto in original.graph.node for name in proto.output if name}
         self.of_pruned = {name: proto for proto in pruned.graph.node for name in proto.output if name}
+        self.sliced = {owner(coupling, name)[0] for name in plan.initializers}
         self.max_rel_err, self.tensors = 0.0, 0
         self.insensitive: list[str] = []
         self.failures: list[str] = []
@@ -246,35 +254,42 @@ class _Comparison:
         if any(name not in self.coupling.model.shapes for name in segment.entries):  # nothing can be fed
             self.insensitive.append(segment.nodes[0].title)
             return
-        reference = self._reference(segment)
-        for draw in range(DRAWS):
-            entries = random_entries(self.coupling.model, segment.entries, self.rng, draw)
-            try:
-                expected = reference(entries)
-            except ModelError:  # an index out of range: the next draw's are all zero
-                undefined = True
-                continue
-            undefined = any(np.isnan(value).any() for value in expected.values())
-            if not undefined:
+        for fill in (0, SPARE) if len(segment.nodes) == 1 else (0,):
+            entries, expected = self._expected(segment, fill)
+            wrong = self._compare_pruned(segment, entries, expected) if expected else None
+            if not wrong:
                 break
-        del reference  # and its weights, before the pruned segment loads its own
-        if undefined and len(segment.nodes) == 1:  # the original itself computes NaN: nothing can be shown here
-            self.insensitive.append(segment.nodes[0].title)
-            return
-        wrong = None if undefined else self._compare_pruned(segment, entries, expected)
-        if (undefined or wrong) and len(segment.nodes) > 1:
+        if len(segment.nodes) == 1:
+            if not expected:  # the original itself computes NaN: nothing can be shown here
+                self.insensitive.append(segment.nodes[0].title)
+            elif wrong:
+                self.failures.append(wrong)
+        elif wrong or not expected:
             # Rounding may grow along the way, or domains exclude each other: judge each half on fresh input.
             for half in halves(self.coupling.model, segment):
                 self.compare(half)
-        elif wrong:
-            self.failures.append(wrong)
+
+    def _expected(self, segment: Segment, fill: int):
+        """Random entries, and what the masked original makes of them: nothing where it computes NaN on all draws."""
+        reference = self._reference(segment)
+        for draw in range(DRAWS):
+            entries = random_entries(self.coupling.model, segment.entries, self.rng, draw, fill)
+            try:
+                expected = reference(entries)
+            except ModelError:  # an index out of range: the next draw's are all zero
+                continue
+            if not any(np.isnan(value).any() for value in expected.values()):
+                return entries, expected
+        return entries, {}
 
     def _compare_pruned(self, segment: Segment, entries, expected) -> str | None:
         """Run the pruned segment, compare it, and run its negative control; say what is wrong, if anything is."""
         kept = {name: self._kept(name, value) for name, value in entries.items()}
         try:
             protos = [self.of_pruned[node.key] for node in segment.nodes]
-            model, constants = plain_graph(self.pruned, self.pruned_model, protos, segment.compared, segment.entries)
+            model, constants = plain_graph(
+                self.pruned, self.pruned_model, protos, segment.compared, segment.entries, self.plan.initializers
+            )
             session = Session(model, optimize=False, threads=segment.threads)
             actual = _run(session, {**constants, **kept}, segment.compared)
         except ModelError as error:
@@ -288,7 +303,9 @@ class _Comparison:
         coupling = self.coupling
         protos = [self.of_original[node.key] for node in segment.nodes]
         nodes, masks = masked_nodes(coupling, self.keep, protos, segment.nodes)
-        model, constants = plain_graph(self.original, coupling.model, nodes, segment.compared, segment.entries)
+        model, constants = plain_graph(
+            self.original, coupling.model, nodes, segment.compared, segment.entries, self.sliced
+        )
         model = _with_constants(model, masks)
         session = Session(model, optimize=False, threads=segment.threads)
 
@@ -304,17 +321,12 @@ class _Comparison:
     def _differences(self, expected, actual, *, count: bool = False) -> str | None:
         """First tensor that differs, in words; None if all agree."""
         for name, want in expected.items():
-            have = actual[name]
-            if have.shape != want.shape:
-                return f"{name}: shape {list(have.shape)}, expected {list(want.shape)}"
-            if want.size == 0:
-                continue
-            error, spread = _relative_error(have.astype(np.float64), want.astype(np.float64))
-            if not error <= TOLERANCE.get(want.dtype, 1e-4):
-                return f"{name}: differs by {error:.2g} of its spread"
+            found = closeness(actual[name], want, self.coupling.model.types.get(name, TensorProto.FLOAT))
+            if found.wrong:
+                return f"{name}: {found.wrong}"
             if count:
-                self.max_rel_err = max(self.max_rel_err, float(error))
-                self.tensors += spread > 0
+                self.max_rel_err = max(self.max_rel_err, found.error)
+                self.tensors += found.varies
         return None
 
     def _control(self, segment, session, constants, entries, expected) -> None:
@@ -340,42 +352,16 @@ class _Comparison:
                 exchanged[-1][place] = int(self.rng.choice(gone))
             slices = {**self.plan.initializers[full], axis: exchanged if rows is kept else exchanged[0]}
             tampered = take(whole.load(), slices, full)
+            tampered = crossing(tampered, onnx.helper.np_dtype_to_tensor_dtype(tampered.dtype))
             actual = _run(session, {**constants, **entries, name: tampered}, segment.compared)
             if self._differences(expected, actual):
                 return
         self.insensitive.append(segment.nodes[0].title)
 
 
-def _relative_error(have: np.ndarray, want: np.ndarray) -> tuple[float, float]:
-    """Largest difference over the spread of ``want``, and that spread. NaN anywhere gives NaN, which is below nothing."""
-    endless = np.isinf(want)  # attention masks hold -inf: equal where both do, and no measure of spread
-    if not np.array_equal(have[endless], want[endless]):
-        return np.inf, 0.0
-    want[endless] = have[endless] = 0
-    spread = _spread(want)
-    difference = float(np.abs(have - want).max())
-    if np.isnan(difference):
-        return difference, spread
-    largest = float(np.abs(want).max())
-    if want.size < FEW:  # a few numbers may lie close together by chance
-        spread = max(spread, 0.1 * largest)
-    if spread <= 1e-6 * largest:  # constant but for rounding: it must agree, and proves nothing
-        return (0.0 if difference <= 1e-5 * largest else np.inf), 0.0
-    return (difference / spread if spread else 0.0 if difference == 0 else np.inf), spread
-
-
-def _spread(value: np.ndarray) -> float:
-    """Standard deviation of a tensor after its per-channel (axis 1) mean is removed."""
-    if value.ndim > 2 and value.size > value.shape[1]:
-        value = value - value.mean(tuple(a for a in range(value.ndim) if a != 1), keepdims=True)
-    elif value.size > 1:
-        value = value - value.mean()
-    return float(np.sqrt(np.mean(value**2))) if value.size > 1 else float(np.abs(value).max())
-
-
 def _run(session: Session, feeds, outputs) -> dict[str, np.ndarray]:
-    needed = {name: feeds[name] for name in session.inputs}
-    return dict(zip(outputs, session.run(needed, list(outputs)), strict=True))
+    needed = {name: feeds[name.removesuffix(FED)] for name in session.inputs}
+    return dict(zip(outputs, session.run(needed, session.outputs), strict=True))
 
 
 def _with_constants(model: bytes, constants: dict[str, np.ndarray]) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from onnxprune.labels import Axis, Layout, Ledger, Refusal, fixed, is_fixed, length
@@ -12,7 +14,12 @@ from onnxprune.ops import Change, Edit, couples, rewrites
 @couples("Concat")
 def concat(node: Node, ledger: Ledger) -> None:
     """Output channel k is channel k - offset of the input it came from."""
-    parts = [ledger.input(node, index) for index in range(len(node.inputs))]
+    join(node, ledger, range(len(node.inputs)))
+
+
+def join(node: Node, ledger: Ledger, indices: Iterable[int]) -> None:
+    """Lay these inputs end to end along the node's axis."""
+    parts = [ledger.input(node, index) for index in indices]
     position = node.attributes["axis"] % len(parts[0].axes)
     if position == 0 and all(is_fixed(part.axes[0]) for part in parts):
         ledger.output(node, ledger.stack(parts))
