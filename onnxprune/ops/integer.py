@@ -14,7 +14,7 @@ from onnxprune.model import Node
 from onnxprune.ops import Change, Edit, channels_only, couples, rewrites
 from onnxprune.ops.attention import MICROSOFT
 from onnxprune.ops.elementwise import aligned
-from onnxprune.ops.linear import Operands, convolution_groups, convolve, gemm, multiply
+from onnxprune.ops.linear import Operands, convolution_groups, convolve, groups_left, multiply, multiply_matrices
 from onnxprune.ops.quantize import by_blocks
 from onnxprune.ops.regions import join
 
@@ -45,8 +45,8 @@ def integer_convolution(node: Node, ledger: Ledger) -> None:
     _per_output(node, ledger, channel, *vectors)
 
 
-rewrites("QLinearConv")(partial(convolution_groups, weight=3))
-rewrites("QLinearConv", domain=MICROSOFT)(partial(convolution_groups, weight=3))
+rewrites("QLinearConv")(partial(groups_left, weight=3))
+rewrites("QLinearConv", domain=MICROSOFT)(partial(groups_left, weight=3))
 rewrites("ConvInteger")(convolution_groups)
 
 
@@ -57,8 +57,8 @@ def integer_product(node: Node, ledger: Ledger) -> None:
     operands, vectors, of_rows = _PRODUCTS[node.op]
     if any(_several(node, ledger, index) for index in of_rows):
         raise Refusal("scales or zero points for each row")
-    orders = [range(len(ledger.shape(node.inputs[index]))) for index in (operands.a, operands.b)]
-    multiply(node, ledger, *orders, operands)
+    a, b = (range(len(ledger.shape(node.inputs[index]))) for index in (operands.a, operands.b))
+    multiply(node, ledger, a, b, operands)
     _per_output(node, ledger, -1, *vectors)
 
 
@@ -76,7 +76,7 @@ def dynamic_product(node: Node, ledger: Ledger) -> None:
 @couples("QGemm", domain=MICROSOFT)
 def qgemm(node: Node, ledger: Ledger) -> None:
     """Gemm of integers, to integers or (without an output's scale) to floats."""
-    gemm(node, ledger, Operands(0, 3, 6, zero_a=2, zero_b=5))
+    multiply_matrices(node, ledger, Operands(0, 3, 6, zero_a=2, zero_b=5))
     _per_output(node, ledger, 1, 4, 5)
 
 

@@ -92,8 +92,13 @@ def conv_transpose(node: Node, ledger: Ledger) -> None:
 
 
 @rewrites("Conv", "ConvTranspose")
-def convolution_groups(node: Node, change: Change, weight: int = 1) -> list[Edit]:
+def convolution_groups(node: Node, change: Change) -> list[Edit]:
     """A grouped convolution that lost whole groups says so in its attribute."""
+    return groups_left(node, change, 1)
+
+
+def groups_left(node: Node, change: Change, weight: int) -> list[Edit]:
+    """Number of groups that a convolution keeps, whose weight is input ``weight``."""
     groups = node.attributes.get("group", 1)
     if groups == 1:
         return []
@@ -107,8 +112,13 @@ def convolution_groups(node: Node, change: Change, weight: int = 1) -> list[Edit
 
 
 @couples("Gemm")
-def gemm(node: Node, ledger: Ledger, operands: Operands = PLAIN) -> None:
+def gemm(node: Node, ledger: Ledger) -> None:
     """The shared dimension ends; rows come from A, columns from B; C broadcasts onto both."""
+    multiply_matrices(node, ledger)
+
+
+def multiply_matrices(node: Node, ledger: Ledger, operands: Operands = PLAIN) -> None:
+    """Multiply two matrices, either of which may be transposed, and add a third."""
     a, b = ledger.input(node, operands.a), ledger.input(node, operands.b)
     transposed_a, transposed_b = node.attributes.get("transA", 0), node.attributes.get("transB", 0)
     rows, ended = a.axes[::-1] if transposed_a else a.axes
@@ -126,7 +136,8 @@ def gemm(node: Node, ledger: Ledger, operands: Operands = PLAIN) -> None:
 @couples("MatMul")
 def matmul(node: Node, ledger: Ledger) -> None:
     """numpy.matmul: the shared dimension ends, leading dimensions broadcast, either side may be the weight."""
-    multiply(node, ledger, *(range(len(ledger.shape(name))) for name in node.inputs[:2]))
+    a, b = (range(len(ledger.shape(name))) for name in node.inputs[:2])
+    multiply(node, ledger, a, b)
 
 
 def multiply(
