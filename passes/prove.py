@@ -20,13 +20,13 @@ from onnxprune.errors import ModelError
 from onnxprune.labels import length
 from onnxprune.model import Model, Node
 from onnxprune.passes.apply import take
-from onnxprune.passes.closeness import closeness
+from onnxprune.passes.closeness import ROUNDED, closeness
 from onnxprune.passes.couple import Replayed, components, walk
 from onnxprune.passes.segments import (
     DRAWS,
     FED,
-    SPARE,
     Segment,
+    Span,
     crossing,
     halves,
     masked_nodes,
@@ -254,26 +254,44 @@ class _Comparison:
         if any(name not in self.coupling.model.shapes for name in segment.entries):  # nothing can be fed
             self.insensitive.append(segment.nodes[0].title)
             return
-        for fill in (0, SPARE) if len(segment.nodes) == 1 else (0,):
-            entries, expected = self._expected(segment, fill)
-            wrong = self._compare_pruned(segment, entries, expected) if expected else None
-            if not wrong:
+        alone, shown, wrong = len(segment.nodes) == 1, False, None
+        for span in self._spans(segment):
+            entries, expected = self._expected(segment, span)
+            if not expected:
                 break
-        if len(segment.nodes) == 1:
-            if not expected:  # the original itself computes NaN: nothing can be shown here
-                self.insensitive.append(segment.nodes[0].title)
-            elif wrong:
-                self.failures.append(wrong)
-        elif wrong or not expected:
+            wrong, noticed = self._compare_pruned(segment, entries, expected, count=not shown)
+            shown = shown or not wrong
+            if noticed:
+                return
+            if wrong and not alone:
+                break
+        if shown or (alone and not expected):  # or the original itself computes NaN: nothing can be shown here
+            self.insensitive.append(segment.nodes[0].title)
+        elif alone:
+            self.failures.append(str(wrong))
+        else:
             # Rounding may grow along the way, or domains exclude each other: judge each half on fresh input.
             for half in halves(self.coupling.model, segment):
                 self.compare(half)
 
-    def _expected(self, segment: Segment, fill: int):
+    def _spans(self, segment: Segment) -> list[Span]:
+        """What to draw quantised entries from, until they agree and the negative control is noticed."""
+        model, keys = self.coupling.model, {node.key for node in segment.nodes}
+        zeros = {
+            c.node.inputs[c.input]: model.constant(c.node.inputs[c.zero])
+            for c in self.coupling.contractions
+            if c.zero is not None and c.node.key in keys
+        }
+        near = {name: int(zero.load().ravel()[0]) for name, zero in zeros.items() if zero and name in segment.entries}
+        if all(model.types.get(name) not in ROUNDED for name in segment.entries):
+            return [Span()]
+        return [Span(), Span(spare=1), *([Span(near=near)] if near else [])]
+
+    def _expected(self, segment: Segment, span: Span):
         """Random entries, and what the masked original makes of them: nothing where it computes NaN on all draws."""
         reference = self._reference(segment)
         for draw in range(DRAWS):
-            entries = random_entries(self.coupling.model, segment.entries, self.rng, draw, fill)
+            entries = random_entries(self.coupling.model, segment.entries, self.rng, draw, span)
             try:
                 expected = reference(entries)
             except ModelError:  # an index out of range: the next draw's are all zero
@@ -282,8 +300,8 @@ class _Comparison:
                 return entries, expected
         return entries, {}
 
-    def _compare_pruned(self, segment: Segment, entries, expected) -> str | None:
-        """Run the pruned segment, compare it, and run its negative control; say what is wrong, if anything is."""
+    def _compare_pruned(self, segment: Segment, entries, expected, *, count: bool) -> tuple[str | None, bool]:
+        """Run the pruned segment and its negative control; say what is wrong, if anything is, and whether that noticed."""
         kept = {name: self._kept(name, value) for name, value in entries.items()}
         try:
             protos = [self.of_pruned[node.key] for node in segment.nodes]
@@ -293,11 +311,9 @@ class _Comparison:
             session = Session(model, optimize=False, threads=segment.threads)
             actual = _run(session, {**constants, **kept}, segment.compared)
         except ModelError as error:
-            return str(error)
-        wrong = self._differences(expected, actual, count=True)
-        if not wrong:
-            self._control(segment, session, constants, kept, expected)
-        return wrong
+            return str(error), False
+        wrong = self._differences(expected, actual, count=count)
+        return wrong, not wrong and self._notices(segment, session, constants, kept, expected)
 
     def _reference(self, segment: Segment):
         coupling = self.coupling
@@ -329,16 +345,20 @@ class _Comparison:
                 self.tensors += found.varies
         return None
 
-    def _control(self, segment, session, constants, entries, expected) -> None:
-        """Exchange one kept slice of one weight for a removed one; the comparison must notice."""
+    def _notices(self, segment, session, constants, entries, expected) -> bool:
+        """Exchange one kept slice of one weight for a removed one: whether the comparison notices (or none is there)."""
         candidates = [
             (name, axis, kept)
             for name in constants
             for axis, kept in self.plan.initializers.get(self.pruned_model.aliases.get(name, name), {}).items()
         ]
         if not candidates:
-            return
-        for choice in self.rng.permutation(len(candidates))[:4]:
+            return True
+        order = self.rng.permutation(len(candidates))
+        by_size = sorted(
+            order, key=lambda place: constants[candidates[place][0]].ndim < 2
+        )  # zero points may all be equal
+        for choice in by_size[:4]:
             name, axis, kept = candidates[choice]
             full = self.pruned_model.aliases.get(name, name)
             root, _ = owner(self.coupling, full)
@@ -355,8 +375,8 @@ class _Comparison:
             tampered = crossing(tampered, onnx.helper.np_dtype_to_tensor_dtype(tampered.dtype))
             actual = _run(session, {**constants, **entries, name: tampered}, segment.compared)
             if self._differences(expected, actual):
-                return
-        self.insensitive.append(segment.nodes[0].title)
+                return True
+        return False
 
 
 def _run(session: Session, feeds, outputs) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ output. Weights are fed, not stored, so that they are never copied and can be ta
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -268,22 +268,37 @@ def _dtype(model: Model, name: str) -> np.dtype:
     return np.dtype(helper.tensor_dtype_to_np_dtype(model.types.get(name, TensorProto.FLOAT)))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Where random values of quantised entries lie: by default anywhere in the range of their type.
+
+    Attributes
+    ----------
+    spare
+        Bits of eight-bit integers that stay unused. Processors without VNNI add products of bytes in pairs of 16 bits, which
+        saturate, so that a result depends on which channels are neighbours; with one bit to spare no pair does.
+    near
+        By entry its zero point, to which values lie close: what is made of them then does not exceed the output's range.
+    """
+
+    spare: int = 0
+    near: Mapping[str, int] = field(default_factory=dict)
+
+
+NEAR = 8
+"""Largest distance of a value from the zero point that it lies close to."""
+
 DRAWS = 4
 """Kinds of random values that a segment is tried on, until its operators are within their domains."""
 
 
 def random_entries(
-    model: Model, entries: Sequence[str], rng: np.random.Generator, draw: int, fill: int = 0
+    model: Model, entries: Sequence[str], rng: np.random.Generator, draw: int, span: Span
 ) -> Mapping[str, np.ndarray]:
-    """Random values for a segment's entries: floats by ``draw``, quantised ones over their range, random booleans.
+    """Random values for a segment's entries: floats by ``draw``, quantised ones by ``span``, random booleans.
 
     Draw 0 is normal around 0.25; the others suit operators that are not defined everywhere: above 0.5 (Log, Sqrt), within
     (0.05, 0.95) (Acos, Atanh), above 1 (Acosh). Integers of 32 and 64 bits may be indices: they are 0 or 1 (or 0 alone).
-
-    Parameters
-    ----------
-    fill
-        Bits of eight-bit integers that stay unused, see :data:`SPARE`.
     """
     values = {}
     for name in entries:
@@ -293,8 +308,11 @@ def random_entries(
             value = rng.random(shape) < 0.5
         elif kind in ROUNDED and kind not in FLOAT8:
             count = 1 << BITS.get(kind, 8 * dtype.itemsize)
-            value = rng.integers(0, count, shape) - (0 if dtype.name.startswith("u") else count // 2)
-            value = value >> fill if count == 256 else value
+            low = 0 if dtype.name.startswith("u") else -(count // 2)
+            if name in span.near:
+                value = (span.near[name] + rng.integers(-NEAR, NEAR + 1, shape)).clip(low, low + count - 1)
+            else:
+                value = rng.integers(low, low + count, shape) >> (span.spare if count == 256 else 0)
         elif np.issubdtype(dtype, np.integer):
             value = rng.integers(0, 2 - draw % 2, shape)
         elif draw == 2:
@@ -304,8 +322,3 @@ def random_entries(
             value = (noise + 0.25, np.abs(noise) + 0.5, noise, np.abs(noise) + 1)[draw]
         values[name] = crossing(np.asarray(value, dtype), kind)  # numpy turns operations on shape () into scalars
     return values
-
-
-SPARE = 1
-"""Processors without VNNI add products of bytes in pairs of 16 bits, which saturate, so that a result depends on which
-channels are neighbours; with one bit to spare no pair does."""

@@ -273,7 +273,17 @@ def _pad_axes(node: Node, value, rank: int) -> list[int]:
 
 
 def _pad_value(node: Node, ledger: Ledger) -> float | None:
-    if not node.has(2):
-        return node.attributes.get("value", 0.0)
-    value = ledger.model.value(node.inputs[2])
-    return None if value is None else float(value.ravel()[0])
+    return _real(ledger, node.inputs[2]) if node.has(2) else node.attributes.get("value", 0.0)
+
+
+def _real(ledger: Ledger, name: str) -> float | None:
+    """A constant's first number; of a quantised one only whether it is zero."""
+    made = ledger.model.producer.get(name)
+    if made is None or made.op != "DequantizeLinear" or name in ledger.model.static:
+        value = ledger.model.value(name)
+        return None if value is None else float(value.ravel()[0])
+    before = ledger.model.producer.get(made.inputs[0])
+    if before is not None and before.op == "QuantizeLinear":
+        return _real(ledger, before.inputs[0])
+    source, zero = _real(ledger, made.inputs[0]), _real(ledger, made.inputs[2]) if made.has(2) else 0.0
+    return None if source is None or zero is None else source - zero
