@@ -32,9 +32,10 @@ from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
 from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import PRESETS, lowest, prices, select
-from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan
+from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan, owner
 from onnxprune.prepare import inline, prepare
 from onnxprune.report import Report
+from onnxprune.sibling import replayed
 
 
 @dataclass(frozen=True)
@@ -292,15 +293,19 @@ def apply(
     progress: Progress = silent,
     **chosen: Any,
 ) -> Result:
-    """Replay a plan on the model it was made for, or on a sibling with the same tensor names, and prove the result."""
+    """Replay a plan on the model it was made for, or on a sibling, and prove the result.
+
+    A sibling has the same tensor names, or those that quantising gave them (see :mod:`onnxprune.sibling`); the result's plan
+    then has the sibling's names.
+    """
     options = options or options_from(chosen)
     plan = read_plan(plan)
     clock = Clock()
     loaded = load(model, options, clock, plan)
-    keep = keep_of(loaded.coupling, plan)
+    keep, plan, notes = replayed(loaded.coupling, plan)
     pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
-    described = replace(described, proof=proof, notes=loaded.notes(pruned))
+    described = replace(described, proof=proof, notes=(*loaded.notes(pruned), *notes))
     return Result(pruned, plan, described)
 
 
@@ -330,7 +335,7 @@ def verify_loaded(
     """Verify against an original that is in memory."""
     read = pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)
     given, _ = prepare(inline(strip(read, plan.added)))
-    keep = keep_under(loaded, plan)
+    keep, plan = _plan_under(loaded, plan)
     sliced, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     with clock.stage("compare"):
         differences, exact = onnx_io.compare(inline(sliced), given)
@@ -343,6 +348,15 @@ def verify_loaded(
     if not isinstance(pruned, onnx.ModelProto):
         described = replace(described, output={"path": str(pruned), "sha256": onnx_io.sha256(pruned)})
     return described
+
+
+def _plan_under(loaded: Loaded, plan: Plan) -> tuple[np.ndarray, Plan]:
+    """What a plan means for a model, in its names: by its groups, unless it was made for a sibling with other names."""
+    constants = loaded.coupling.model.constants
+    if all(owner(loaded.coupling, full)[0] in constants for full in plan.initializers):
+        return keep_under(loaded, plan), plan
+    keep, own, _ = replayed(loaded.coupling, plan)
+    return keep, own
 
 
 def keep_under(loaded: Loaded, plan: Plan) -> np.ndarray:
