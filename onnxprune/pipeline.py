@@ -19,7 +19,7 @@ from onnxprune import onnx_io, report, runtime
 from onnxprune.amend import amend, strip
 from onnxprune.branches import flatten, merges
 from onnxprune.budget import Budget
-from onnxprune.calibration import load_feeds, score_channels
+from onnxprune.calibration import all_quantised, load_feeds, quantised_layers, score_channels
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, UsageError
@@ -163,6 +163,7 @@ def ready(model: ModelLike, options: Options, clock: Clock, progress: Progress =
     loaded = load(model, options, clock)
     every = np.ones(loaded.coupling.n_classes, bool)
     kinds = ["bytes" if kind == "size" else kind for kind in options.targets] or ["mac"]
+    quantised = _quantised_notes(loaded, options)
     with clock.stage("score"):
         if Budget(options.targets, loaded.cost.of(every), 0).met and options.targets and "size" not in options.targets:
             return Ready(loaded, score(loaded.coupling, "l2", options.seed), (), {}, ())  # nothing will be removed
@@ -170,7 +171,23 @@ def ready(model: ModelLike, options: Options, clock: Clock, progress: Progress =
         scores, facts = score_channels(
             loaded.flat, loaded.coupling, loaded.cost, options, feeds, kinds, progress, loaded.sha256
         )
-    return Ready(loaded, scores, feeds, facts, notes)
+    return Ready(loaded, scores, feeds, facts, (*notes, *quantised))
+
+
+def _quantised_notes(loaded: Loaded, options: Options) -> tuple[str, ...]:
+    """What calibration data cannot do for quantised weights; an error where that was asked for and is all there is."""
+    n_quantised, n_layers = quantised_layers(loaded.coupling)
+    if not n_quantised or options.calib is None:
+        return ()
+    if all_quantised(loaded.coupling) and options.compensate in ("bias", "least-squares"):
+        raise UsageError(
+            f"--compensate {options.compensate}: all weights of the model are quantised, and those are not fitted; "
+            "prune and compensate the float model, then quantise that, or leave the option out"
+        )
+    return (
+        f"{n_quantised} of {n_layers} layers have quantised weights: these are ranked by their dequantised values, not by "
+        "calibration data, and are not fitted",
+    )
 
 
 def finish(run: Ready, options: Options, clock: Clock, progress: Progress = silent) -> Result:
@@ -203,7 +220,7 @@ def finish(run: Ready, options: Options, clock: Clock, progress: Progress = sile
     notes = (*loaded.notes(pruned), *run.notes)
     if budget.met:
         notes = (*notes, "the model already meets the target; nothing was removed")
-    elif options.calib is None:
+    elif options.calib is None and not all_quantised(loaded.coupling):
         notes = (*notes, HINT)
     done = replace(
         described, after=after, targets=targets, proof=proof, notes=notes, facts=run.facts,
@@ -228,6 +245,8 @@ def _compensate(
     loaded: Loaded, pruned: onnx.ModelProto, keep: np.ndarray, feeds: Feeds, options: Options, progress: Progress,
     clock: Clock,
 ) -> tuple[onnx.ModelProto, Compensation]:  # fmt: skip
+    if all_quantised(loaded.coupling):
+        return pruned, Compensation()
     with clock.stage("compensate"):
         flat, graph = _read_pruned(loaded, pruned)
         mode: Mode = "bias" if options.compensation == "bias" else "least-squares"

@@ -94,19 +94,14 @@ def quantised(model: Model) -> dict[str, Quantised]:
     return found
 
 
-def quantised_operators(model: Model, weights: Mapping[str, Quantised]) -> dict[str, str]:
-    """Nodes that read quantised weights, dequantised right before them or not: by first output, the weight's name."""
-    real = {
-        node.outputs[0]: root
-        for node in model.nodes
-        if node.op == "DequantizeLinear" and (root := model.aliases.get(node.inputs[0], node.inputs[0])) in weights
-    }
-    return {
-        node.key: real.get(name) or model.aliases.get(name, name)
-        for node in model.nodes
-        for name in node.inputs
-        if name in real or (node.op != "DequantizeLinear" and model.aliases.get(name, name) in weights)
-    }
+def reads_quantised(node: Node, model: Model, weights: Mapping[str, Quantised]) -> bool:
+    """Whether a node reads a quantised weight, as it is or dequantised right before."""
+    for name in node.inputs:
+        made = model.producer.get(name)
+        source = made.inputs[0] if made is not None and made.op == "DequantizeLinear" else name
+        if model.aliases.get(source, source) in weights:
+            return True
+    return False
 
 
 def _of(node: Node, model: Model) -> Iterator[Quantised]:
