@@ -91,14 +91,14 @@ def matmul_nbits(node: Node, ledger: Ledger) -> None:
     size, bits, shape = node.attributes["block_size"], node.attributes["bits"], ledger.shape(node.inputs[1])
     *rows, channels = ledger.input(node, 0).axes
     out, blocks = ledger.input(node, 1, (0, 1)).axes[:2]
-    by_blocks(ledger, channels, blocks, size)
-    for index in (i for i in (2, 3) if node.has(i)):
+    for index in (i for i in (3, 2) if node.has(i)):
         parameter = ledger.input(node, index).axes
         if len(parameter) != 2:
             raise Refusal("scales or zero points in a single row")
         out = ledger.unify(out, parameter[0])
         packed = ledger.shape(node.inputs[index])[1] < shape[1]
         by_blocks(ledger, blocks, parameter[1], 8 // bits if packed else 1)
+    by_blocks(ledger, channels, blocks, size)
     ledger.contract(node, 0, len(rows))
     ledger.contract(node, 1, 1)
     if node.has(5):
