@@ -2,7 +2,8 @@
 
 1. Labels are propagated through the pruned graph: every weight must meet exactly the kept labels of the original, in order.
 2. Every surviving tensor is compared, segment by segment on fresh random input, with the original whose removed channels
-   are masked immediately before each operator that ends them.
+   are masked immediately before each operator that ends them: floats by their spread, quantised values in their own
+   integers (see :mod:`onnxprune.passes.closeness`), over the range of their type and near their zero point.
 3. A negative control exchanges one kept slice for a removed one: a segment that does not notice proves nothing.
 """
 
@@ -20,7 +21,7 @@ from onnxprune.errors import ModelError
 from onnxprune.labels import length
 from onnxprune.model import Model, Node
 from onnxprune.passes.apply import take
-from onnxprune.passes.closeness import ROUNDED, closeness
+from onnxprune.passes.closeness import ROUNDED, Closeness, closeness
 from onnxprune.passes.couple import Replayed, components, walk
 from onnxprune.passes.segments import (
     DRAWS,
@@ -233,6 +234,15 @@ def _axis(coupling: Coupling, contraction):
     return coupling.ledger.input(contraction.node, contraction.input, ()).axes[contraction.axis]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """Values at a segment's entries, and what the masked original makes of them, kept channels only."""
+
+    span: Span
+    entries: dict[str, np.ndarray]
+    expected: dict[str, np.ndarray]
+
+
 class _Comparison:
     """Runs segments of both graphs on the same random input and compares every tensor that survives."""
 
@@ -254,66 +264,77 @@ class _Comparison:
         if any(name not in self.coupling.model.shapes for name in segment.entries):  # nothing can be fed
             self.insensitive.append(segment.nodes[0].title)
             return
-        alone, shown, wrong = len(segment.nodes) == 1, False, None
-        for span in self._spans(segment):
-            entries, expected = self._expected(segment, span)
-            if not expected:
-                break
-            wrong, noticed = self._compare_pruned(segment, entries, expected, count=not shown)
-            shown = shown or not wrong
-            if noticed:
-                return
-            if wrong and not alone:
-                break
-        if shown or (alone and not expected):  # or the original itself computes NaN: nothing can be shown here
-            self.insensitive.append(segment.nodes[0].title)
-        elif alone:
-            self.failures.append(str(wrong))
-        else:
+        alone = len(segment.nodes) == 1
+        trials = self._expected(segment, self._spans(segment))
+        wrong, noticed = self._compare_pruned(segment, trials) if trials else (None, False)
+        if (wrong or not trials) and not alone:
             # Rounding may grow along the way, or domains exclude each other: judge each half on fresh input.
             for half in halves(self.coupling.model, segment):
                 self.compare(half)
+        elif wrong:
+            self.failures.append(wrong)
+        elif not noticed:  # or the original itself computes NaN: nothing can be shown here
+            self.insensitive.append(segment.nodes[0].title)
 
     def _spans(self, segment: Segment) -> list[Span]:
-        """What to draw quantised entries from, until they agree and the negative control is noticed."""
+        """What to draw quantised entries from."""
         model, keys = self.coupling.model, {node.key for node in segment.nodes}
+        if all(model.types.get(name) not in ROUNDED for name in segment.entries):
+            return [Span()]
         zeros = {
             c.node.inputs[c.input]: model.constant(c.node.inputs[c.zero])
             for c in self.coupling.contractions
             if c.zero is not None and c.node.key in keys
         }
         near = {name: int(zero.load().ravel()[0]) for name, zero in zeros.items() if zero and name in segment.entries}
-        if all(model.types.get(name) not in ROUNDED for name in segment.entries):
-            return [Span()]
-        return [Span(), Span(spare=1), *([Span(near=near)] if near else [])]
+        spare = [Span(spare=1)] if len(keys) == 1 else []
+        return [Span(), *spare, *([Span(near=near)] if near else [])]
 
-    def _expected(self, segment: Segment, span: Span):
-        """Random entries, and what the masked original makes of them: nothing where it computes NaN on all draws."""
-        reference = self._reference(segment)
-        for draw in range(DRAWS):
-            entries = random_entries(self.coupling.model, segment.entries, self.rng, draw, span)
-            try:
-                expected = reference(entries)
-            except ModelError:  # an index out of range: the next draw's are all zero
-                continue
-            if not any(np.isnan(value).any() for value in expected.values()):
-                return entries, expected
-        return entries, {}
+    def _expected(self, segment: Segment, spans: list[Span]) -> list[Trial]:
+        """Random entries, and what the masked original makes of them; none where it computes NaN on all draws."""
+        reference, trials = self._reference(segment), []
+        for span in spans:
+            for draw in range(DRAWS):
+                entries = random_entries(self.coupling.model, segment.entries, self.rng, draw, span)
+                try:
+                    expected = reference(entries)
+                except ModelError:  # an index out of range: the next draw's are all zero
+                    continue
+                if not any(np.isnan(value).any() for value in expected.values()):
+                    trials.append(Trial(span, entries, expected))
+                    break
+        return trials
 
-    def _compare_pruned(self, segment: Segment, entries, expected, *, count: bool) -> tuple[str | None, bool]:
-        """Run the pruned segment and its negative control; say what is wrong, if anything is, and whether that noticed."""
-        kept = {name: self._kept(name, value) for name, value in entries.items()}
+    def _compare_pruned(self, segment: Segment, trials: list[Trial]) -> tuple[str | None, bool]:
+        """Run the pruned segment and its negative control; say what is wrong, if anything is, and whether that noticed.
+
+        Where values over the whole range of a type disagree and those with a bit to spare agree, sums of products saturate:
+        then the latter alone count.
+        """
         try:
             protos = [self.of_pruned[node.key] for node in segment.nodes]
             model, constants = plain_graph(
                 self.pruned, self.pruned_model, protos, segment.compared, segment.entries, self.plan.initializers
             )
             session = Session(model, optimize=False, threads=segment.threads)
-            actual = _run(session, {**constants, **kept}, segment.compared)
+            fed = [{**constants, **{n: self._kept(n, v) for n, v in trial.entries.items()}} for trial in trials]
+            found = [
+                self._closeness(trial.expected, _run(session, feeds, segment.compared))
+                for trial, feeds in zip(trials, fed, strict=True)
+            ]
         except ModelError as error:
             return str(error), False
-        wrong = self._differences(expected, actual, count=count)
-        return wrong, not wrong and self._notices(segment, session, constants, kept, expected)
+        wrong = [_first_wrong(each) for each in found]
+        spare = [place for place, trial in enumerate(trials) if trial.span.spare]
+        others = [place for place in range(len(trials)) if place not in spare]
+        judged = spare if wrong[0] and spare and not wrong[spare[0]] else others
+        for place in judged:
+            if wrong[place]:
+                return wrong[place], False
+        for each in found[judged[0]].values():
+            self.max_rel_err = max(self.max_rel_err, each.error)
+            self.tensors += each.varies
+        return None, any(self._notices(session, constants, fed[place], trials[place].expected) for place in judged)
 
     def _reference(self, segment: Segment):
         coupling = self.coupling
@@ -334,18 +355,11 @@ class _Comparison:
     def _kept(self, name: str, value: np.ndarray) -> np.ndarray:
         return self.coupling.extract(self.coupling.axes(name), self.keep, value)
 
-    def _differences(self, expected, actual, *, count: bool = False) -> str | None:
-        """First tensor that differs, in words; None if all agree."""
-        for name, want in expected.items():
-            found = closeness(actual[name], want, self.coupling.model.types.get(name, TensorProto.FLOAT))
-            if found.wrong:
-                return f"{name}: {found.wrong}"
-            if count:
-                self.max_rel_err = max(self.max_rel_err, found.error)
-                self.tensors += found.varies
-        return None
+    def _closeness(self, expected, actual) -> dict[str, Closeness]:
+        types = self.coupling.model.types
+        return {n: closeness(actual[n], want, types.get(n, TensorProto.FLOAT)) for n, want in expected.items()}
 
-    def _notices(self, segment, session, constants, entries, expected) -> bool:
+    def _notices(self, session, constants, feeds, expected) -> bool:
         """Exchange one kept slice of one weight for a removed one: whether the comparison notices (or none is there)."""
         candidates = [
             (name, axis, kept)
@@ -373,10 +387,14 @@ class _Comparison:
             slices = {**self.plan.initializers[full], axis: exchanged if rows is kept else exchanged[0]}
             tampered = take(whole.load(), slices, full)
             tampered = crossing(tampered, onnx.helper.np_dtype_to_tensor_dtype(tampered.dtype))
-            actual = _run(session, {**constants, **entries, name: tampered}, segment.compared)
-            if self._differences(expected, actual):
+            if _first_wrong(self._closeness(expected, _run(session, {**feeds, name: tampered}, list(expected)))):
                 return True
         return False
+
+
+def _first_wrong(found: dict[str, Closeness]) -> str | None:
+    """First tensor that differs, in words; None if all agree."""
+    return next((f"{name}: {each.wrong}" for name, each in found.items() if each.wrong), None)
 
 
 def _run(session: Session, feeds, outputs) -> dict[str, np.ndarray]:

@@ -294,7 +294,7 @@ DRAWS = 4
 
 def random_entries(
     model: Model, entries: Sequence[str], rng: np.random.Generator, draw: int, span: Span
-) -> Mapping[str, np.ndarray]:
+) -> dict[str, np.ndarray]:
     """Random values for a segment's entries: floats by ``draw``, quantised ones by ``span``, random booleans.
 
     Draw 0 is normal around 0.25; the others suit operators that are not defined everywhere: above 0.5 (Log, Sqrt), within

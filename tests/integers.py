@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 
 import oracle
 from graphs import Tiny
@@ -219,3 +219,47 @@ def floats(middle, features: int = 6, after: int | None = None, opset: int = 21)
     t = Integers(opset)
     y = middle(t, t.node("Relu", t.linear(t.input(5, 4), "a", 4, features)))
     return t.build(t.linear(y, "z", after or features, 3))
+
+
+def residual() -> ModelProto:
+    """A residual network of convolutions on integers that ends in a QGemm; per-channel zero points all differ."""
+    t = Integers()
+    u8 = np.uint8
+    y = t.qconv(t.enter(t.input(1, 3, 8, 8), 0.02, 128, "x"), "a", (12, 3, 3, 3), dtype=u8, pads=[1] * 4)
+    inner = t.qconv(y, "b", (10, 12, 3, 3), dtype=u8, out=1.0, pads=[1] * 4)
+    branch = t.qconv(inner, "c", (12, 10, 1, 1), dtype=u8, out=2.0)
+    after = t.point(1.5, 118, "sum")
+    y = [t.own("QLinearAdd", *y, *branch, *after, name="sum"), *after]
+    after = t.point(0.5, 110, "pool")
+    y = [t.own("QLinearGlobalAveragePool", *y, *after, name="pool", channels_last=0), *after]
+    y[0] = t.node("Flatten", y[0])
+    weight = t.weight(12, 5, name="z.w", per=1)
+    bias = t.constant(t.rng.integers(-500, 501, 5).astype(np.int32), "z.b")
+    after = t.point(0.2, 128, "z")
+    return t.build(t.own("QGemm", *y, *weight, bias, *after, name="z"))
+
+
+def dynamic() -> ModelProto:
+    """Two layers of products whose inputs are quantised on the way."""
+    t = Integers()
+    y = t.linear(t.input(6, 8), "a", 8, 14)
+    for name, before, after in (("b", 14, 12), ("z", 12, 5)):
+        weight, scale, zero = t.weight(before, after, name=f"{name}.w", per=1, dtype=np.uint8)
+        q, q_scale, q_zero = t.node("DynamicQuantizeLinear", y, name=f"{name}.q", outputs=3)
+        sums = t.node("MatMulInteger", q, weight, q_zero, zero, name=name)
+        y = t.node("Mul", t.node("Cast", sums, to=TensorProto.FLOAT), t.node("Mul", q_scale, scale))
+    return t.build(y)
+
+
+def few_bits() -> ModelProto:
+    """Two layers of products by weights of four bits, in blocks of 16 inputs."""
+    t = Integers()
+    y = t.node("Relu", t.linear(t.input(6, 8), "a", 8, 96))
+    for name, before, after in (("b", 96, 64), ("z", 64, 5)):
+        blocks = before // 16
+        t.constant(t.rng.integers(0, 256, (after, blocks, 8)).astype(np.uint8), f"{name}.w")
+        t.constant(((0.5 + t.rng.random((after, blocks))) / 16).astype(np.float32), f"{name}.s")
+        zeros = t.constant(t.rng.integers(0, 256, (after, blocks // 2)).astype(np.uint8), f"{name}.z")
+        sizes = {"K": before, "N": after, "bits": 4, "block_size": 16}
+        y = t.own("MatMulNBits", y, f"{name}.w", f"{name}.s", zeros, name=name, **sizes)
+    return t.build(y)
