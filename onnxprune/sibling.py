@@ -48,7 +48,8 @@ def replayed(coupling: Coupling, plan: Plan) -> tuple[np.ndarray, Plan, tuple[st
     keep = keep_of(coupling, replace(plan, initializers=renamed))
     _refuse_others(coupling, plan, renamed, keep, [full for full in missing if full not in names])
     own = replace(make_plan(coupling, keep, plan.sha256), attention=plan.attention)
-    note = f"{len(names.keys() & set(missing))} of the plan's {len(plan.initializers)} tensors were found quantised (or not)"
+    found = len(names.keys() & set(missing))
+    note = f"{found} of the plan's {len(plan.initializers)} tensors were found under the names that quantising gives"
     return keep, own, (f"{note}; the others follow",)
 
 
