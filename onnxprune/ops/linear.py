@@ -29,6 +29,16 @@ class Operands:
 
 PLAIN = Operands()
 
+CONVOLUTIONS = frozenset(("Conv", "ConvTranspose", "FusedConv", "QLinearConv", "ConvInteger"))
+"""Operators whose output has its channels on axis 1, unless they say that channels stand last."""
+
+PRODUCTS = frozenset(
+    (
+        "Gemm", "MatMul", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+        "MatMulNBits",
+    )
+)  # fmt: skip
+
 
 @couples("Conv")
 def conv(node: Node, ledger: Ledger) -> None:

@@ -497,3 +497,10 @@ def test_sizes_count_four_bits_as_half_a_byte() -> None:
     result = onnxprune.prune(model, target_size=0.7)
     assert result.model.ByteSize() <= 0.7 * model.ByteSize()
     assert onnx.checker.check_model(result.model, full_check=True) is None
+
+
+def test_rows_of_layers_count_channels_wherever_they_stand() -> None:
+    """The report's rows say how many channels an integer layer has, with channels first or last."""
+    for model in (convolution(), channels_last()):
+        rows = {row.node: row for row in onnxprune.inspect(model).layers}
+        assert rows["c"].channels_before == 8
