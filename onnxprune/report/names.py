@@ -18,7 +18,7 @@ from onnxprune.ops.linear import CONVOLUTIONS, PRODUCTS
 from onnxprune.report.flow import Flow, Meeting, Use
 from onnxprune.report.titles import Path, Titles, shared, text
 
-ADDS, MULTIPLIES = ("Add", "Sum", "Sub"), ("Mul",)
+ADDS, MULTIPLIES = ("Add", "Sum", "Sub", "QLinearAdd"), ("Mul", "QLinearMul")
 RECURRENT = frozenset(("LSTM", "GRU", "RNN"))
 
 
