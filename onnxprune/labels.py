@@ -306,12 +306,15 @@ class Ledger:
 
     def per_row(self, node: Node, index: int, axis: int, rows: Axis) -> Axis:
         """Axis of a constant whose indices mean other channels in every row (weights of a grouped convolution)."""
-        constant = self.model.constant(node.inputs[index])
+        name = node.inputs[index]
+        constant, reader, place = self.model.constant(name), node, index
+        if constant is None and (real := self._dequantised(name, axis)) is not None:
+            constant, reader, place = self.model.constant(real.inputs[0]), real, 0
         if constant is None or self.decisions is None or len(rows) != 1 or constant.shape[axis] == 1:
             return self.input(node, index, (axis,)).axes[axis]
-        known = self._constant(constant, node)
-        if axis not in known:
-            given = self.start(node, index, axis) if self.start else None
+        known = self._constant(constant, reader)
+        if axis not in known or (reader is not node and not known[axis].rows):
+            given = self.start(reader, place, axis) if self.start else None
             shape = (rows[0].size, constant.shape[axis])
             if given is not None and given.shape == shape:
                 known[axis] = self.labelled(given, rows)
@@ -319,7 +322,21 @@ class Ledger:
                 known[axis] = self.labelled(self.fresh(prod(shape)).reshape(shape), rows)
             else:
                 return self.input(node, index, (axis,)).axes[axis]
+        if reader is not node:
+            axes = self.layouts[name].axes
+            self.layouts[name] = Layout((*axes[:axis], (known[axis],), *axes[axis + 1 :]))
         return (known[axis],)
+
+    def _dequantised(self, name: str, axis: int) -> Node | None:
+        """The DequantizeLinear that makes a tensor of a constant for one reader alone, by one scale all along an axis."""
+        made = self.model.producer.get(name)
+        if made is None or made.op != "DequantizeLinear" or len(self.model.consumers[name]) > 1:
+            return None
+        constant = self.model.constant(made.inputs[0])
+        if constant is None or len(self.model.consumers[made.inputs[0]]) > 1 or made.attributes.get("block_size", 0):
+            return None
+        single = prod(self.shape(made.inputs[1])) == 1
+        return made if single or made.attributes.get("axis", 1) % len(constant.shape) != axis else None
 
     # -- making atoms ------------------------------------------------------------------------------------------------
 

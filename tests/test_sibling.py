@@ -80,7 +80,7 @@ def digits() -> ModelProto:
 MODELS: dict[str, Callable[[], ModelProto]] = {
     "digits": digits,
     "denoise": lambda: onnx.load(FIXTURES / "denoise" / "denoise.onnx"),
-    **{name: architectures.ALL[name] for name in ("edsr", "mobilenet_v1", "resnet_b")},
+    **{name: architectures.ALL[name] for name in ("edsr", "mobilenet_v1", "resnet_b", "resnext")},
 }
 
 
