@@ -28,7 +28,8 @@ MIXING = frozenset(
     (
         "Conv ConvTranspose Gemm MatMul Einsum LSTM GRU RNN "
         "FusedConv FusedGemm FusedMatMul Attention MultiHeadAttention GroupQueryAttention "
-        "QLinearConv QLinearMatMul QGemm ConvInteger MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul MatMulNBits"
+        "QLinearConv QLinearMatMul QGemm ConvInteger MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul "
+        "MatMulNBits QAttention"
     ).split()
 )
 EXACT = frozenset(

@@ -24,6 +24,7 @@ ENDS: Mapping[str, Sequence[tuple[int, int | None, int]]] = {
     "MatMulInteger": ((1, 3, -2), (0, 2, -1)),
     "MatMulIntegerToFloat": ((1, 5, -2),),
     "QGemm": ((3, 5, -2),),
+    "QAttention": ((1, 7, -2),),
     "Conv": ((1, None, 1),),
     "MatMul": ((1, None, -2), (0, None, -1)),
     "Gemm": ((1, None, -2),),

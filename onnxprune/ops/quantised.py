@@ -22,6 +22,7 @@ _OPERANDS: Mapping[str, tuple[tuple[int, int | None, int, int], ...]] = {
     "MatMulIntegerToFloat": ((1, 3, 5, -1),),
     "DynamicQuantizeMatMul": ((1, 2, 3, -1),),
     "QGemm": ((3, 4, 5, 1),),
+    "QAttention": ((1, 4, 7, 1),),
 }
 """By operator: inputs of weight, scale (None: behind the operator) and zero point, and the axis that they belong to."""
 

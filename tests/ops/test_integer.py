@@ -235,6 +235,17 @@ def nbits(
     return floats(middle, features, 8)
 
 
+def attention(per: int | None = None) -> ModelProto:
+    """Attention of two heads of four columns by one weight of integers."""
+    t = Integers()
+    y = t.node("Add", t.linear(t.input(2, 5, 4), "a", 4, 6), t.random(6, name="a.b"))
+    q, q_scale, q_zero = t.enter(y, 0.02, 120, "q")
+    weight, scale, zero = t.weight(6, 24, name="c.w", per=per)
+    bias = t.random(24, name="c.b")
+    y = t.own("QAttention", q, weight, bias, q_scale, scale, "", q_zero, zero, name="c", num_heads=2)
+    return t.build(t.linear(y, "z", 8, 3))
+
+
 def microsofts_own(op: str) -> ModelProto:
     """Quantise and dequantise by onnxruntime's own operators, per channel."""
 
@@ -268,6 +279,7 @@ PER = ("c.w.s/0", "c.w.z/0")
 BLOCKS = [number for number in range(4) for _ in range(16)]
 PAIRS = [number for number in range(2) for _ in range(32)]
 EIGHT = range(4, 12)
+STACKED = (*range(6, 14), *range(6, 14), *range(14, 22))
 
 CASES = [
     Case("QLinearConv", "per-channel", convolution, START | through("c.w", 1, 0, *PER, "c.b/0", end="z.w/1"), (6, 8)),
@@ -352,6 +364,12 @@ CASES = [
     Case("MatMulNBits", "three-blocks-in-two-bytes", partial(nbits, features=48),
          dict.fromkeys(("c.w/0", "c.s/0", "c.z/0", "z.w/0"), EIGHT), (8,),
          {"c.w/1": ("c", "MatMulNBits", "its last quantisation block is not full")}),
+    Case("QAttention", "per-tensor", attention,
+         dict.fromkeys(("a.w/1", "a.b/0", "c.w/0"), range(6))
+         | dict.fromkeys(("c.w/1", "c.b/0"), STACKED) | {"z.w/0": range(14, 22)}, (4, 6), zero=("c.w/1", "c.b/0")),
+    Case("QAttention", "per-column", partial(attention, 1),
+         dict.fromkeys(("a.w/1", "a.b/0", "c.w/0"), range(6))
+         | dict.fromkeys(("c.w/1", "c.b/0", *PER), STACKED) | {"z.w/0": range(14, 22)}, (4, 6), zero=("c.w/1", "c.b/0")),
     Case("DequantizeLinear", "microsofts-own", partial(microsofts_own, "DequantizeLinear"),
          ROWS | dict.fromkeys(("q.s@q/0", "q.s@d/0", "q.z@q/0", "q.z@d/0", "z.w/0"), range(6)), (6,)),
     Case("QuantizeLinear", "microsofts-own", partial(microsofts_own, "QuantizeLinear"),
