@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto
 import onnxprune
 import oracle
 from onnxprune.cost import Cost
+from onnxprune.ops.quantised import quantised
 from oracle import Case
 
 # -- building ----------------------------------------------------------------------------------------------------------
@@ -522,3 +523,35 @@ def test_rows_of_layers_count_channels_wherever_they_stand() -> None:
     for model in (convolution(), channels_last()):
         rows = {row.node: row for row in onnxprune.inspect(model).layers}
         assert rows["c"].channels_before == 8
+
+
+@pytest.mark.parametrize("zero", ["packed", "", "floats"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_unpacked_weights_are_what_onnxruntime_multiplies_by(bits: int, zero: str) -> None:
+    """The real numbers behind packed ones are the product with an identity matrix."""
+    if zero == "floats" and bits == 2:
+        pytest.skip("onnxruntime has no kernel for it")
+    t = Integers()
+    t.constant(t.rng.integers(0, 256, (8, 4, 2 * bits)).astype(np.uint8), "w")
+    t.constant((0.5 + t.rng.random((8, 4))).astype(np.float32), "s")
+    inputs = ["w", "s"]
+    if zero:
+        packed = t.rng.integers(0, 256, (8, 4 * bits // 8)).astype(np.uint8)
+        inputs.append(
+            t.constant(packed if zero == "packed" else (2**bits * t.rng.random((8, 4))).astype(np.float32), "z")
+        )
+    y = t.own("MatMulNBits", t.input(64, 64), *inputs, name="c", K=64, N=8, bits=bits, block_size=16)
+    model = t.build(y)
+    real = quantised(oracle.couple_proto(model).model)["w"].load()
+    given = oracle.run(model, {"x": np.eye(64, dtype=np.float32)})[0]
+    assert pytest.approx(given, rel=1e-5, abs=1e-5) == real.reshape(8, 64).T
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "QLinearConv"][:3], ids=str)
+def test_real_weights_are_scaled_distances_from_zero_points(case: Case) -> None:
+    """Real numbers of a convolution's integers are what the specification's formula makes of each."""
+    model = case.build()
+    values = dict(oracle.constants_of(model))
+    real = quantised(oracle.couple_proto(model).model)["c.w"].load()
+    scale, zero = (values[name].reshape(-1, 1, 1, 1).astype(np.float64) for name in ("c.w.s", "c.w.z"))
+    assert real == pytest.approx((values["c.w"].astype(np.float64) - zero) * scale, rel=1e-6)

@@ -58,9 +58,11 @@ def weight(
     )
 
 
-def activation(t: Tiny, y: str, name: str, size: int | None = None, axis: int | None = None) -> str:
-    """Quantise to eight bits and back."""
-    operands = parameters(t, name, size, np.dtype(np.uint8), 200 / 3)
+def activation(
+    t: Tiny, y: str, name: str, size: int | None = None, axis: int | None = None, dtype: type = np.uint8
+) -> str:
+    """Quantise and back."""
+    operands = parameters(t, name, size, np.dtype(dtype), LIMITS.get(np.dtype(dtype).name, 4) / 3)
     attributes = {} if axis is None else {"axis": axis}
     quantised = t.node("QuantizeLinear", y, *operands, name=f"{name}.q", **attributes)
     return t.node("DequantizeLinear", quantised, *operands, name=f"{name}.dq", **attributes)
@@ -86,9 +88,9 @@ def quantised_bias() -> ModelProto:
     return sandwich(middle, 6, 8, opset=21)
 
 
-def quantised_activation(size: int | None = None, axis: int | None = None) -> ModelProto:
+def quantised_activation(size: int | None = None, axis: int | None = None, dtype: type = np.uint8) -> ModelProto:
     """Quantise what a convolution returns."""
-    return sandwich(lambda t, y: t.node("Relu", activation(t, y, "s", size, axis)), opset=21)
+    return sandwich(lambda t, y: t.node("Relu", activation(t, y, "s", size, axis, dtype)), opset=21)
 
 
 def quantised_depthwise(per: int | None) -> ModelProto:
@@ -357,6 +359,11 @@ CASES = [
         Case("QuantizeLinear", f"activation-axis{axis}", partial(quantised_activation, 6, axis),
              IN | dict.fromkeys(("s.s@s.q/0", "s.z@s.q/0", "s.s@s.dq/0", "s.z@s.dq/0", "z.w/1"), range(6)), (6,))
         for axis in (None, 1, -3)
+    ),
+    *(
+        Case("QuantizeLinear", f"activation-of-{name}", partial(quantised_activation, dtype=dtype_of(name)),
+             IN | {"z.w/1": range(6)}, (6,))
+        for name in DTYPES
     ),
     Case("QuantizeLinear", "activation-of-rows", partial(quantised_activation, 4, 2), IN | {"z.w/1": range(6)}, (6,)),
     Case("QuantizeLinear", "weight", fake_quantised,
