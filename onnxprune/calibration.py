@@ -14,6 +14,7 @@ from onnxprune import data
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.errors import UsageError
+from onnxprune.ops.quantised import quantised, reads_quantised
 from onnxprune.options import MEASURED, Options, Progress
 from onnxprune.passes.allocate import allocate
 from onnxprune.passes.calibrate import Feeds, calibrate, n_samples
@@ -91,12 +92,28 @@ def _batches(arrays: Mapping[str, np.ndarray], inputs: Mapping[str, tuple]) -> l
     return [{name: array[begin : begin + size] for name, array in arrays.items()} for begin in ends]
 
 
+def quantised_layers(coupling: Coupling) -> tuple[int, int]:
+    """How many layers read quantised weights, and how many read weights at all."""
+    weights = quantised(coupling.model)
+    layers = {work.node.key: work.node for work in coupling.ledger.works if work.weight is not None}
+    return sum(reads_quantised(node, coupling.model, weights) for node in layers.values()), len(layers)
+
+
+def all_quantised(coupling: Coupling) -> bool:
+    """Whether no layer has weights of floats, which alone are judged and fitted on calibration data."""
+    n_quantised, n_layers = quantised_layers(coupling)
+    return 0 < n_layers == n_quantised
+
+
 @one_blas_thread()
 def score_channels(
     loaded_proto: onnx.ModelProto, coupling: Coupling, cost: Cost, options: Options, feeds: Feeds, kinds: Sequence[str],
     progress: Progress, sha256: str = "",
 ) -> tuple[Scores, dict[str, Any]]:  # fmt: skip
     """Score every channel by the criterion that the options choose; also say what was measured on the way.
+
+    Calibration judges layers with weights of floats. Where all are quantised, channels are scored by the norm of the real
+    numbers that these stand for (``l2``).
 
     Parameters
     ----------
@@ -111,6 +128,8 @@ def score_channels(
     if not len(feeds):
         raise UsageError(f"--criterion {criterion} needs calibration data (--calib)")
     magnitude = score(coupling, "l2", options.seed)
+    if all_quantised(coupling) and not options.sensitivity:
+        return magnitude, {"criterion": "l2"}
     consumers = calibrate(
         loaded_proto, coupling, feeds, memory=options.calib_memory, seed=options.seed, provider=options.provider,
         progress=lambda done, total: progress("calibrate", done, total),

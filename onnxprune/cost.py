@@ -190,7 +190,8 @@ class Cost:
         if work.weight is None:
             return None
         name = work.node.inputs[work.weight]
-        return self.coupling.model.aliases.get(name, name), self.coupling.ledger.input(work.node, work.weight, ()).axes
+        axes = work.packed or self.coupling.ledger.input(work.node, work.weight, ()).axes
+        return self.coupling.model.aliases.get(name, name), axes
 
     def _terms(self, rows: Iterable[tuple[float, Iterable[Axis]]]) -> Terms:
         factors, atoms = [], []

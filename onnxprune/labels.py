@@ -111,7 +111,8 @@ class Contraction:
     """Axis ``axis`` of input ``input`` of ``node`` ends there.
 
     ``redefined`` marks statistics (means, norms, maxima) that are taken over the kept channels alone; ``state`` a weight
-    that meets channels which no input carries, because they come from the node's last step.
+    that meets channels which no input carries, because they come from the node's last step; ``zero`` is the input that
+    holds what stands for zero on a quantised one (None: zero itself does).
     """
 
     node: Node
@@ -119,6 +120,7 @@ class Contraction:
     axis: int
     redefined: bool = False
     state: bool = False
+    zero: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +131,8 @@ class Work:
     ----------
     channels
         What hardware sees as its channels; None where it is not known.
+    packed
+        Axes of the weight where its tensor holds several numbers in an element.
     """
 
     node: Node
@@ -136,6 +140,7 @@ class Work:
     factor: float
     weight: int | None
     channels: Channels | None = None
+    packed: tuple[Axis, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -327,12 +332,15 @@ class Ledger:
 
     def per_row(self, node: Node, index: int, axis: int, rows: Axis) -> Axis:
         """Axis of a constant whose indices mean other channels in every row (weights of a grouped convolution)."""
-        constant = self.model.constant(node.inputs[index])
+        name = node.inputs[index]
+        constant, reader, place = self.model.constant(name), node, index
+        if constant is None and (real := self._dequantised(name, axis)) is not None:
+            constant, reader, place = self.model.constant(real.inputs[0]), real, 0
         if constant is None or self.decisions is None or len(rows) != 1 or constant.shape[axis] == 1:
             return self.input(node, index, (axis,)).axes[axis]
-        known = self._constant(constant, node)
-        if axis not in known:
-            given = self.start(node, index, axis) if self.start else None
+        known = self._constant(constant, reader)
+        if axis not in known or (reader is not node and not known[axis].rows):
+            given = self.start(reader, place, axis) if self.start else None
             shape = (rows[0].size, constant.shape[axis])
             if given is not None and given.shape == shape:
                 known[axis] = self.labelled(given, rows)
@@ -340,7 +348,21 @@ class Ledger:
                 known[axis] = self.labelled(self.fresh(prod(shape)).reshape(shape), rows)
             else:
                 return self.input(node, index, (axis,)).axes[axis]
+        if reader is not node:
+            axes = self.layouts[name].axes
+            self.layouts[name] = Layout((*axes[:axis], (known[axis],), *axes[axis + 1 :]))
         return (known[axis],)
+
+    def _dequantised(self, name: str, axis: int) -> Node | None:
+        """The DequantizeLinear that makes a tensor of a constant for one reader alone, by one scale all along an axis."""
+        made = self.model.producer.get(name)
+        if made is None or made.op != "DequantizeLinear" or len(self.model.consumers[name]) > 1:
+            return None
+        constant = self.model.constant(made.inputs[0])
+        if constant is None or len(self.model.consumers[made.inputs[0]]) > 1 or made.attributes.get("block_size", 0):
+            return None
+        single = prod(self.shape(made.inputs[1])) == 1
+        return made if single or made.attributes.get("axis", 1) % len(constant.shape) != axis else None
 
     # -- making atoms ------------------------------------------------------------------------------------------------
 
@@ -375,7 +397,16 @@ class Ledger:
         if a is not b:
             self.ties.append((a, b))
 
-    def contract(self, node: Node, index: int, axis: int, *, redefined: bool = False, state: bool = False) -> None:
+    def contract(
+        self,
+        node: Node,
+        index: int,
+        axis: int,
+        *,
+        redefined: bool = False,
+        state: bool = False,
+        zero: int | None = None,
+    ) -> None:
         """Record that an axis of an input ends at this node.
 
         Where only constants take part, as in weight normalisation, a result computed from fewer would be another weight: the
@@ -383,14 +414,14 @@ class Ledger:
         """
         if all(self.is_weight(name) for name in node.inputs if name):
             self.freeze([self.input(node, index).axes[axis]], "a weight is computed from all of it", node.inputs[index])
-        self.contractions.append(Contraction(node, index, axis, redefined, state))
+        self.contractions.append(Contraction(node, index, axis, redefined, state, zero))
 
     def work(
         self, node: Node, axes: Sequence[Axis], factor: float = 1, weight: int | None = None,
-        channels: Channels | None = None,
+        channels: Channels | None = None, packed: tuple[Axis, ...] | None = None,
     ) -> None:  # fmt: skip
         """Record the node's multiply-accumulates as a product over axes."""
-        self.works.append(Work(node, tuple(axes), factor, weight, channels))
+        self.works.append(Work(node, tuple(axes), factor, weight, channels, packed))
 
     def attend(self, heads: Iterable[Axis], dims: Iterable[Axis]) -> None:
         """Record that the indices of some axes are heads of attention, and those of others its dimensions."""

@@ -51,11 +51,11 @@ class Node:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Constant:
-    """An initializer or the output of a Constant node; its data is read on demand."""
+    """An initializer or the output of a Constant node; its data is read on demand. ``itemsize``: bytes of an element."""
 
     name: str
     shape: Shape
-    itemsize: int
+    itemsize: float
     floating: bool
     load: Callable[[], np.ndarray]
 

@@ -19,7 +19,7 @@ from onnxprune import onnx_io, report, runtime
 from onnxprune.amend import amend, strip
 from onnxprune.branches import flatten, merges
 from onnxprune.budget import Budget
-from onnxprune.calibration import load_feeds, score_channels
+from onnxprune.calibration import all_quantised, load_feeds, quantised_layers, score_channels
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, UsageError
@@ -37,10 +37,11 @@ from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
 from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import PRESETS, lowest, prices, select
-from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan
+from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan, owner
 from onnxprune.prepare import inline, prepare
 from onnxprune.report import Report
 from onnxprune.runtime import BLOCK
+from onnxprune.sibling import replayed
 from onnxprune.stopwatch import Race, fit, measure_tables
 from onnxprune.stopwatch import Result as Timing
 
@@ -175,6 +176,7 @@ def ready(model: ModelLike, options: Options, clock: Clock, progress: Progress =
         with clock.stage("measure"):
             loaded, timing = timed(loaded, options, progress)
     kinds = ["bytes" if kind == "size" else kind for kind in options.targets] or ["mac"]
+    quantised = _quantised_notes(loaded, options)
     with clock.stage("score"):
         if Budget(options.targets, _before(loaded), 0).met and options.targets and "size" not in options.targets:
             return Ready(loaded, score(loaded.coupling, "l2", options.seed), (), {}, timing)  # nothing will be removed
@@ -182,7 +184,7 @@ def ready(model: ModelLike, options: Options, clock: Clock, progress: Progress =
         scores, facts = score_channels(
             loaded.flat, loaded.coupling, loaded.cost, options, feeds, kinds, progress, loaded.sha256
         )
-    return Ready(loaded, scores, feeds, facts, (*notes, *timing))
+    return Ready(loaded, scores, feeds, facts, (*notes, *timing, *quantised))
 
 
 def _before(loaded: Loaded) -> dict[str, float]:
@@ -219,6 +221,22 @@ def timed(loaded: Loaded, options: Options, progress: Progress) -> tuple[Loaded,
     notes = (f"channels are kept in {BLOCK}s, as onnxruntime computes them here (--profile chooses)",)
     timed_cost = with_latency(cost, found, race.alone())
     return replace(loaded, cost=timed_cost, race=race), notes if options.in_blocks_here else ()
+
+
+def _quantised_notes(loaded: Loaded, options: Options) -> tuple[str, ...]:
+    """What calibration data cannot do for quantised weights; an error where that was asked for and is all there is."""
+    n_quantised, n_layers = quantised_layers(loaded.coupling)
+    if not n_quantised or options.calib is None:
+        return ()
+    if all_quantised(loaded.coupling) and options.compensate in ("bias", "least-squares"):
+        raise UsageError(
+            f"--compensate {options.compensate}: all weights of the model are quantised, and those are not fitted; "
+            "prune and compensate the float model, then quantise that, or leave the option out"
+        )
+    return (
+        f"{n_quantised} of {n_layers} layers have quantised weights: these are ranked by their dequantised values, not by "
+        "calibration data, and are not fitted",
+    )
 
 
 def finish(run: Ready, options: Options, clock: Clock, progress: Progress = silent) -> Result:
@@ -258,7 +276,7 @@ def finish(run: Ready, options: Options, clock: Clock, progress: Progress = sile
     notes = (*loaded.notes(pruned), *run.notes, *_foreign(loaded, options), *runtime.provider_notes(options.provider))
     if budget.met:
         notes = (*notes, "the model already meets the target; nothing was removed")
-    elif options.calib is None:
+    elif options.calib is None and not all_quantised(loaded.coupling):
         notes = (*notes, HINT)
     done = replace(
         described, after=after, targets=targets, proof=proof, notes=notes, facts=run.facts,
@@ -295,6 +313,8 @@ def _compensate(
     loaded: Loaded, pruned: onnx.ModelProto, keep: np.ndarray, feeds: Feeds, options: Options, progress: Progress,
     clock: Clock,
 ) -> tuple[onnx.ModelProto, Compensation]:  # fmt: skip
+    if all_quantised(loaded.coupling):
+        return pruned, Compensation()
     with clock.stage("compensate"):
         flat, graph = _read_pruned(loaded, pruned)
         mode: Mode = "bias" if options.compensation == "bias" else "least-squares"
@@ -379,16 +399,20 @@ def apply(
     progress: Progress = silent,
     **chosen: Any,
 ) -> Result:
-    """Replay a plan on the model it was made for, or on a sibling with the same tensor names, and prove the result."""
+    """Replay a plan on the model it was made for, or on a sibling, and prove the result.
+
+    A sibling has the same tensor names, or those that quantising gave them (see :mod:`onnxprune.sibling`); the result's plan
+    then has the sibling's names.
+    """
     options = options or options_from(chosen)
     plan = read_plan(plan)
     clock = Clock()
     with runtime.threads_limited(options.threads):
         loaded = load(model, options, clock, plan)
-        keep = keep_of(loaded.coupling, plan)
+        keep, plan, found = replayed(loaded.coupling, plan)
         pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
-    notes = (*loaded.notes(pruned), *runtime.provider_notes(options.provider))
+    notes = (*loaded.notes(pruned), *found, *runtime.provider_notes(options.provider))
     described = replace(described, proof=proof, notes=notes)
     return Result(pruned, plan, described)
 
@@ -420,7 +444,7 @@ def verify_loaded(
     """Verify against an original that is in memory."""
     read = pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)
     given, _ = prepare(inline(strip(read, plan.added)))
-    keep = keep_under(loaded, plan)
+    keep, plan = _plan_under(loaded, plan)
     sliced, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     with clock.stage("compare"):
         differences, exact = onnx_io.compare(inline(sliced), given)
@@ -434,6 +458,15 @@ def verify_loaded(
     if not isinstance(pruned, onnx.ModelProto):
         described = replace(described, output={"path": str(pruned), "sha256": onnx_io.sha256(pruned)})
     return described
+
+
+def _plan_under(loaded: Loaded, plan: Plan) -> tuple[np.ndarray, Plan]:
+    """What a plan means for a model, in its names: by its groups, unless it was made for a sibling with other names."""
+    constants = loaded.coupling.model.constants
+    if all(owner(loaded.coupling, full)[0] in constants for full in plan.initializers):
+        return keep_under(loaded, plan), plan
+    keep, own, _ = replayed(loaded.coupling, plan)
+    return keep, own
 
 
 def keep_under(loaded: Loaded, plan: Plan) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 from onnx import helper, inliner, numpy_helper
@@ -37,6 +37,10 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     model, n_states = without_zero_states(model)
     if n_states:
         notes.append(f"{n_states} initial states of recurrent layers were left out, because they are zero")
+    flat = _flat_parameters(model)
+    if flat:
+        model = _in_rows(model, flat)
+        notes.append(f"{len(flat)} scales and zero points of MatMulNBits got an axis for outputs and one for blocks")
     folded = _computed_weights(model)
     if folded:
         model = _fold(model, folded)
@@ -54,6 +58,33 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     if not any((node.domain, node.op_type) in local for node in model.graph.node):
         return model
     return inliner.inline_local_functions(model)
+
+
+def _flat_parameters(model: onnx.ModelProto) -> dict[str, int]:
+    """Scales and zero points of MatMulNBits that lie in one row, and how many outputs they belong to."""
+    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    return {
+        name: attribute.i
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "N"
+        for name in node.input[2:4]
+        if len(dims.get(name, ())) == 1 and dims[name][0] % attribute.i == 0
+    }
+
+
+def _in_rows(model: onnx.ModelProto, flat: Mapping[str, int]) -> onnx.ModelProto:
+    """Give vectors a row for every output: the operator reads them alike, and either axis can then shrink."""
+    shaped = onnx.ModelProto()
+    shaped.CopyFrom(model)
+    for tensor in shaped.graph.initializer:
+        if tensor.name in flat:
+            tensor.dims[:] = (flat[tensor.name], tensor.dims[0] // flat[tensor.name])
+    for value in (*shaped.graph.input, *shaped.graph.value_info):
+        if value.name in flat:
+            value.type.tensor_type.ClearField("shape")
+    return shaped
 
 
 def _computed_weights(model: onnx.ModelProto) -> list[str]:

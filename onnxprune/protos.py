@@ -9,7 +9,8 @@ import onnx
 from google.protobuf.message import Message
 from onnx import numpy_helper
 
-INTEGERS = (2, 3, 4, 5, 6, 7, 9, 12, 13)  # TensorProto data types: integers and bool
+INTEGERS = (2, 3, 4, 5, 6, 7, 9, 12, 13, 21, 22, 25, 26)  # TensorProto data types: integers and bool
+BITS = {21: 4, 22: 4, 23: 4, 25: 2, 26: 2}  # of an element, where several share a byte: (u)int4, float4, (u)int2
 
 
 def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -13,7 +13,7 @@ from onnxprune import runtime
 from onnxprune import shapes as shape_search
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.model import Constant, Model, Node, Shape
-from onnxprune.protos import INTEGERS, bodies, captures, constant_tensor
+from onnxprune.protos import BITS, INTEGERS, bodies, captures, constant_tensor
 
 TRIED_SIZES = (64, 32, 16, 128, 224, 256, 8)  # for dynamic axes nobody gave a size for
 
@@ -90,7 +90,7 @@ def _constants(model: onnx.ModelProto) -> dict[str, Constant]:
 def _constant(name: str, tensor: onnx.TensorProto) -> Constant:
     dtype = tensor.data_type
     try:
-        itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype)).itemsize
+        itemsize = BITS.get(dtype, 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype)).itemsize) / 8
     except KeyError as error:
         raise ModelError(f"{name}: unknown data type {dtype}") from error
     floating = dtype not in INTEGERS and dtype != onnx.TensorProto.STRING

@@ -46,6 +46,13 @@ def infer(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int]]:
     return shapes, types
 
 
+def _counts(constant: Constant) -> bool:
+    """Whether a constant may hold lengths, indices or conditions: few numbers, and not of a type to quantise to."""
+    if constant.floating or constant.size > SMALL:
+        return False
+    return constant.itemsize > 2 or constant.load().dtype == np.bool_
+
+
 class Completion:
     """Finds the shapes that inference alone could not.
 
@@ -65,9 +72,7 @@ class Completion:
         self._protos = {name: proto for proto in model.graph.node for name in proto.output if name}
         self.shapes, self.types = shapes, types
         self.values: dict[str, np.ndarray] = {}
-        self._small_constants = {
-            name for name, c in constants.items() if c.size <= 1 or (not c.floating and c.size <= SMALL)
-        }
+        self._small_constants = {name for name, c in constants.items() if c.size <= 1 or _counts(c)}
         self._arithmetic_nodes = self._possibly_static()
         self._waiting = list(self._arithmetic_nodes)
         self._open = list(nodes)

@@ -2,7 +2,8 @@
 
 1. Labels are propagated through the pruned graph: every weight must meet exactly the kept labels of the original, in order.
 2. Every surviving tensor is compared, segment by segment on fresh random input, with the original whose removed channels
-   are masked immediately before each operator that ends them.
+   are masked immediately before each operator that ends them: floats by their spread, quantised values in their own
+   integers (see :mod:`onnxprune.passes.closeness`), over the range of their type and near their zero point.
 3. A negative control exchanges one kept slice for a removed one: a segment that does not notice proves nothing.
 """
 
@@ -13,22 +14,29 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError
 from onnxprune.labels import length
 from onnxprune.model import Model, Node
 from onnxprune.passes.apply import take
+from onnxprune.passes.closeness import ROUNDED, Closeness, closeness
 from onnxprune.passes.couple import Replayed, components, walk
-from onnxprune.passes.segments import DRAWS, Segment, halves, masked_nodes, plain_graph, random_entries, segments
+from onnxprune.passes.segments import (
+    DRAWS,
+    FED,
+    Segment,
+    Span,
+    crossing,
+    halves,
+    masked_nodes,
+    plain_graph,
+    random_entries,
+    segments,
+)
 from onnxprune.plan import Plan, expected_slices, owner
 from onnxprune.runtime import Session
-
-TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-4, np.dtype(np.float16): 3e-2}
-"""Largest difference over the spread of a tensor (standard deviation after its per-channel mean is removed)."""
-
-FEW = 16
-"""Elements of a tensor below which its spread is taken as at least a tenth of its largest value."""
 
 Progress = Callable[[int, int], None]
 
@@ -229,6 +237,15 @@ def _axis(coupling: Coupling, contraction):
     return coupling.ledger.input(contraction.node, contraction.input, ()).axes[contraction.axis]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """Values at a segment's entries, and what the masked original makes of them, kept channels only."""
+
+    span: Span
+    entries: dict[str, np.ndarray]
+    expected: dict[str, np.ndarray]
+
+
 class _Comparison:
     """Runs segments of both graphs on the same random input and compares every tensor that survives."""
 
@@ -238,6 +255,7 @@ class _Comparison:
         self.rng, self.provider = np.random.default_rng(seed), provider
         self.of_original = {name: proto for proto in original.graph.node for name in proto.output if name}
         self.of_pruned = {name: proto for proto in pruned.graph.node for name in proto.output if name}
+        self.sliced = {owner(coupling, name)[0] for name in plan.initializers}
         self.max_rel_err, self.tensors = 0.0, 0
         self.insensitive: list[str] = []
         self.failures: list[str] = []
@@ -249,49 +267,85 @@ class _Comparison:
         if any(name not in self.coupling.model.shapes for name in segment.entries):  # nothing can be fed
             self.insensitive.append(segment.nodes[0].title)
             return
-        reference = self._reference(segment)
-        for draw in range(DRAWS):
-            entries = random_entries(self.coupling.model, segment.entries, self.rng, draw)
-            try:
-                expected = reference(entries)
-            except ModelError:  # an index out of range: the next draw's are all zero
-                undefined = True
-                continue
-            undefined = any(np.isnan(value).any() for value in expected.values())
-            if not undefined:
-                break
-        del reference  # and its weights, before the pruned segment loads its own
-        if undefined and len(segment.nodes) == 1:  # the original itself computes NaN: nothing can be shown here
-            self.insensitive.append(segment.nodes[0].title)
-            return
-        wrong = None if undefined else self._compare_pruned(segment, entries, expected)
-        if (undefined or wrong) and len(segment.nodes) > 1:
+        alone = len(segment.nodes) == 1
+        trials = self._expected(segment, self._spans(segment))
+        wrong, noticed = self._compare_pruned(segment, trials) if trials else (None, False)
+        if (wrong or not trials) and not alone:
             # Rounding may grow along the way, or domains exclude each other: judge each half on fresh input.
             for half in halves(self.coupling.model, segment):
                 self.compare(half)
         elif wrong:
             self.failures.append(wrong)
+        elif not noticed:  # or the original itself computes NaN: nothing can be shown here
+            self.insensitive.append(segment.nodes[0].title)
 
-    def _compare_pruned(self, segment: Segment, entries, expected) -> str | None:
-        """Run the pruned segment, compare it, and run its negative control; say what is wrong, if anything is."""
-        kept = {name: self._kept(name, value) for name, value in entries.items()}
+    def _spans(self, segment: Segment) -> list[Span]:
+        """What to draw quantised entries from."""
+        model, keys = self.coupling.model, {node.key for node in segment.nodes}
+        if all(model.types.get(name) not in ROUNDED for name in segment.entries):
+            return [Span()]
+        zeros = {
+            c.node.inputs[c.input]: model.constant(c.node.inputs[c.zero])
+            for c in self.coupling.contractions
+            if c.zero is not None and c.node.key in keys
+        }
+        near = {name: int(zero.load().ravel()[0]) for name, zero in zeros.items() if zero and name in segment.entries}
+        spare = [Span(spare=1)] if len(keys) == 1 else []
+        return [Span(), *spare, *([Span(near=near)] if near else [])]
+
+    def _expected(self, segment: Segment, spans: list[Span]) -> list[Trial]:
+        """Random entries, and what the masked original makes of them; none where it computes NaN on all draws."""
+        reference, trials = self._reference(segment), []
+        for span in spans:
+            for draw in range(DRAWS):
+                entries = random_entries(self.coupling.model, segment.entries, self.rng, draw, span)
+                try:
+                    expected = reference(entries)
+                except ModelError:  # an index out of range: the next draw's are all zero
+                    continue
+                if not any(np.isnan(value).any() for value in expected.values()):
+                    trials.append(Trial(span, entries, expected))
+                    break
+        return trials
+
+    def _compare_pruned(self, segment: Segment, trials: list[Trial]) -> tuple[str | None, bool]:
+        """Run the pruned segment and its negative control; say what is wrong, if anything is, and whether that noticed.
+
+        Where values over the whole range of a type disagree and those with a bit to spare agree, sums of products saturate:
+        then the latter alone count.
+        """
         try:
             protos = [self.of_pruned[node.key] for node in segment.nodes]
-            model, constants = plain_graph(self.pruned, self.pruned_model, protos, segment.compared, segment.entries)
+            model, constants = plain_graph(
+                self.pruned, self.pruned_model, protos, segment.compared, segment.entries, self.plan.initializers
+            )
             session = Session(model, self.provider, optimize=False, threads=segment.threads)
-            actual = _run(session, {**constants, **kept}, segment.compared)
+            fed = [{**constants, **{n: self._kept(n, v) for n, v in trial.entries.items()}} for trial in trials]
+            found = [
+                self._closeness(trial.expected, _run(session, feeds, segment.compared))
+                for trial, feeds in zip(trials, fed, strict=True)
+            ]
         except ModelError as error:
-            return str(error)
-        wrong = self._differences(expected, actual, count=True)
-        if not wrong:
-            self._control(segment, session, constants, kept, expected)
-        return wrong
+            return str(error), False
+        wrong = [_first_wrong(each) for each in found]
+        spare = [place for place, trial in enumerate(trials) if trial.span.spare]
+        others = [place for place in range(len(trials)) if place not in spare]
+        judged = spare if wrong[0] and spare and not wrong[spare[0]] else others
+        for place in judged:
+            if wrong[place]:
+                return wrong[place], False
+        for each in found[judged[0]].values():
+            self.max_rel_err = max(self.max_rel_err, each.error)
+            self.tensors += each.varies
+        return None, any(self._notices(session, constants, fed[place], trials[place].expected) for place in judged)
 
     def _reference(self, segment: Segment):
         coupling = self.coupling
         protos = [self.of_original[node.key] for node in segment.nodes]
         nodes, masks = masked_nodes(coupling, self.keep, protos, segment.nodes)
-        model, constants = plain_graph(self.original, coupling.model, nodes, segment.compared, segment.entries)
+        model, constants = plain_graph(
+            self.original, coupling.model, nodes, segment.compared, segment.entries, self.sliced
+        )
         model = _with_constants(model, masks)
         session = Session(model, self.provider, optimize=False, threads=segment.threads)
 
@@ -304,32 +358,24 @@ class _Comparison:
     def _kept(self, name: str, value: np.ndarray) -> np.ndarray:
         return self.coupling.extract(self.coupling.axes(name), self.keep, value)
 
-    def _differences(self, expected, actual, *, count: bool = False) -> str | None:
-        """First tensor that differs, in words; None if all agree."""
-        for name, want in expected.items():
-            have = actual[name]
-            if have.shape != want.shape:
-                return f"{name}: shape {list(have.shape)}, expected {list(want.shape)}"
-            if want.size == 0:
-                continue
-            error, spread = _relative_error(have.astype(np.float64), want.astype(np.float64))
-            if not error <= TOLERANCE.get(want.dtype, 1e-4):
-                return f"{name}: differs by {error:.2g} of its spread"
-            if count:
-                self.max_rel_err = max(self.max_rel_err, float(error))
-                self.tensors += spread > 0
-        return None
+    def _closeness(self, expected, actual) -> dict[str, Closeness]:
+        types = self.coupling.model.types
+        return {n: closeness(actual[n], want, types.get(n, TensorProto.FLOAT)) for n, want in expected.items()}
 
-    def _control(self, segment, session, constants, entries, expected) -> None:
-        """Exchange one kept slice of one weight for a removed one; the comparison must notice."""
+    def _notices(self, session, constants, feeds, expected) -> bool:
+        """Exchange one kept slice of one weight for a removed one: whether the comparison notices (or none is there)."""
         candidates = [
             (name, axis, kept)
             for name in constants
             for axis, kept in self.plan.initializers.get(self.pruned_model.aliases.get(name, name), {}).items()
         ]
         if not candidates:
-            return
-        for choice in self.rng.permutation(len(candidates))[:4]:
+            return True
+        order = self.rng.permutation(len(candidates))
+        by_size = sorted(
+            order, key=lambda place: constants[candidates[place][0]].ndim < 2
+        )  # zero points may all be equal
+        for choice in by_size[:4]:
             name, axis, kept = candidates[choice]
             full = self.pruned_model.aliases.get(name, name)
             root, _ = owner(self.coupling, full)
@@ -343,42 +389,20 @@ class _Comparison:
                 exchanged[-1][place] = int(self.rng.choice(gone))
             slices = {**self.plan.initializers[full], axis: exchanged if rows is kept else exchanged[0]}
             tampered = take(whole.load(), slices, full)
-            actual = _run(session, {**constants, **entries, name: tampered}, segment.compared)
-            if self._differences(expected, actual):
-                return
-        self.insensitive.append(segment.nodes[0].title)
+            tampered = crossing(tampered, onnx.helper.np_dtype_to_tensor_dtype(tampered.dtype))
+            if _first_wrong(self._closeness(expected, _run(session, {**feeds, name: tampered}, list(expected)))):
+                return True
+        return False
 
 
-def _relative_error(have: np.ndarray, want: np.ndarray) -> tuple[float, float]:
-    """Largest difference over the spread of ``want``, and that spread. NaN anywhere gives NaN, which is below nothing."""
-    endless = np.isinf(want)  # attention masks hold -inf: equal where both do, and no measure of spread
-    if not np.array_equal(have[endless], want[endless]):
-        return np.inf, 0.0
-    want[endless] = have[endless] = 0
-    spread = _spread(want)
-    difference = float(np.abs(have - want).max())
-    if np.isnan(difference):
-        return difference, spread
-    largest = float(np.abs(want).max())
-    if want.size < FEW:  # a few numbers may lie close together by chance
-        spread = max(spread, 0.1 * largest)
-    if spread <= 1e-6 * largest:  # constant but for rounding: it must agree, and proves nothing
-        return (0.0 if difference <= 1e-5 * largest else np.inf), 0.0
-    return (difference / spread if spread else 0.0 if difference == 0 else np.inf), spread
-
-
-def _spread(value: np.ndarray) -> float:
-    """Standard deviation of a tensor after its per-channel (axis 1) mean is removed."""
-    if value.ndim > 2 and value.size > value.shape[1]:
-        value = value - value.mean(tuple(a for a in range(value.ndim) if a != 1), keepdims=True)
-    elif value.size > 1:
-        value = value - value.mean()
-    return float(np.sqrt(np.mean(value**2))) if value.size > 1 else float(np.abs(value).max())
+def _first_wrong(found: dict[str, Closeness]) -> str | None:
+    """First tensor that differs, in words; None if all agree."""
+    return next((f"{name}: {each.wrong}" for name, each in found.items() if each.wrong), None)
 
 
 def _run(session: Session, feeds, outputs) -> dict[str, np.ndarray]:
-    needed = {name: feeds[name] for name in session.inputs}
-    return dict(zip(outputs, session.run(needed, list(outputs)), strict=True))
+    needed = {name: feeds[name.removesuffix(FED)] for name in session.inputs}
+    return dict(zip(outputs, session.run(needed, session.outputs), strict=True))
 
 
 def _with_constants(model: bytes, constants: dict[str, np.ndarray]) -> bytes:

@@ -1,4 +1,4 @@
-"""Score: how important each channel is, from its weights alone.
+"""Score: how important each channel is, from its weights alone (of quantised ones: the real numbers they stand for).
 
 Per member tensor the norm of the channel's slice is divided by that tensor's mean norm, so that layers compare; over members
 the maximum counts, because every member must agree to lose the channel ("magnitude < threshold" in the paper's words).
@@ -15,6 +15,7 @@ import numpy as np
 from onnxprune.coupling import Coupling, Member
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.model import Node, Shape
+from onnxprune.ops.quantised import quantised
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,15 +102,17 @@ def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scor
     norm = CRITERIA["l2"] if criterion_name == "bn-scale" else criterion(criterion_name)
     scales = _batch_norm_scales(coupling) if criterion_name == "bn-scale" else frozenset()
     prunable = ~coupling.frozen
-    quantised = _quantisation_scales(coupling)
-    gains = {**_batch_norm_gains(coupling), **quantised}
-    valued = {name for name, c in coupling.model.constants.items() if c.floating} | quantised.keys()
+    weights = quantised(coupling.model)
+    gains = _batch_norm_gains(coupling)
+    valued = {name for name, c in coupling.model.constants.items() if c.floating} | weights.keys()
+    valued -= {each.scale.name for each in weights.values() if each.scale is not None}
     ranked = [m for m in coupling.members if m.tensor in valued and prunable[m.classes].any()]
     for choice in (_is_scale(scales), _produces(coupling), _consumes(coupling), lambda member: True):
         open_classes = value < 0
         for member in ranked:
             if choice(member) and open_classes[member.classes].any():
-                present, norms = _norms(coupling, member, norm, gains.get(member.tensor))
+                source = weights.get(member.tensor) or coupling.model.constants[member.tensor]
+                present, norms = _norms(member, source.load(), norm, gains.get(member.tensor))
                 value[present] = np.maximum(value[present], np.where(open_classes[present], norms, value[present]))
                 members[present] += open_classes[present]
     return Scores(np.maximum(value, 0.0), members)
@@ -124,10 +127,9 @@ def _refuse_nan(coupling: Coupling) -> None:
 
 
 def _norms(
-    coupling: Coupling, member: Member, norm: Callable[[np.ndarray], np.ndarray], gain: np.ndarray | None
+    member: Member, weight: np.ndarray, norm: Callable[[np.ndarray], np.ndarray], gain: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Classes on a member axis, and the norm of each class's slices over the tensor's mean norm."""
-    weight = coupling.model.constants[member.tensor].load()
     if weight.dtype != np.float32:
         weight = weight.astype(np.float32)
     if not np.isfinite(weight.sum(dtype=np.float64)) and not np.isfinite(weight).all():
@@ -173,27 +175,16 @@ def _batch_norm_gains(coupling: Coupling) -> dict[str, np.ndarray]:
         producer = model.producer.get(node.inputs[0]) if node.op == "BatchNormalization" else None
         if producer is None or producer.op not in _MIXING or len(model.consumers[node.inputs[0]]) > 1:
             continue
-        weight = model.constant(producer.inputs[1])
+        source = producer.inputs[1]
+        weight = model.constant(source)
+        if weight is None and (real := model.producer.get(source)) is not None and real.op == "DequantizeLinear":
+            weight = model.constant(real.inputs[0])
         scale, variance = model.constant(node.inputs[1]), model.constant(node.inputs[4])
-        if weight is None or scale is None or variance is None or len(model.consumers[producer.inputs[1]]) > 1:
+        if weight is None or scale is None or variance is None or len(model.consumers[source]) > 1:
             continue
         gain = scale.load() / np.sqrt(variance.load() + node.attributes.get("epsilon", 1e-5))
         gains[weight.name] = _along_outputs(producer, weight.shape, gain.astype(np.float32))
     return gains
-
-
-def _quantisation_scales(coupling: Coupling) -> dict[str, np.ndarray]:
-    """Per quantised weight, what its integers are multiplied by."""
-    model, scales = coupling.model, {}
-    for node in model.nodes:
-        weight = model.constant(node.inputs[0]) if node.op == "DequantizeLinear" else None
-        scale = model.constant(node.inputs[1]) if weight is not None else None
-        if weight is not None and scale is not None and weight.shape:
-            shape = [1] * len(weight.shape)
-            if scale.size > 1:
-                shape[node.attributes.get("axis", 1) % len(shape)] = -1
-            scales[weight.name] = scale.load().astype(np.float32).reshape(shape)
-    return scales
 
 
 def _along_outputs(producer: Node, shape: Shape, gain: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ output. Weights are fed, not stored, so that they are never copied and can be ta
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -16,24 +16,38 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxprune.coupling import Coupling
 from onnxprune.labels import Axis, length
 from onnxprune.model import Model, Node, Shape
-from onnxprune.protos import is_float, reads
+from onnxprune.passes.closeness import FLOAT8, INTEGERS, NARROW, ROUNDED
+from onnxprune.protos import BITS, is_float, reads
 
 MAX_NODES = 32
 MAX_BYTES = 64 << 20  # of intermediate tensors, beyond which a segment ends
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+CASTS_NARROW = 21  # opset from which Cast knows all narrow types
 SMALL = 1 << 18  # elements of a segment below which one thread is faster than several
 MIXING = frozenset(
     (
         "Conv ConvTranspose Gemm MatMul Einsum LSTM GRU RNN "
-        "FusedConv FusedGemm FusedMatMul Attention MultiHeadAttention GroupQueryAttention"
+        "FusedConv FusedGemm FusedMatMul Attention MultiHeadAttention GroupQueryAttention "
+        "QLinearConv QLinearMatMul QGemm ConvInteger MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul "
+        "MatMulNBits QAttention"
     ).split()
 )
+EXACT = frozenset(
+    (
+        "QLinearConv QLinearMatMul QGemm ConvInteger MatMulInteger QLinearAdd QLinearMul QLinearWhere QLinearConcat "
+        "QLinearSigmoid QLinearLeakyRelu QLinearSoftmax QLinearGlobalAveragePool QLinearAveragePool"
+    ).split()
+)
+"""Operators from integers to integers: no rounding before them differs."""
+
 DISCONTINUOUS = frozenset(["Ceil", "Floor", "Round", "Sign", "Mod", "QuantizeLinear", "DynamicQuantizeLinear"])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """Consecutive nodes; ``entries`` are read but not computed here, ``compared`` are the floats computed here.
+    """Consecutive nodes; ``entries`` are read but not computed here, ``compared`` are the values computed here.
+
+    Values are floats and what they are quantised to; indices, lengths and conditions are left out.
 
     ``threads`` is what a session needs: 1 where threads would cost more than they save, else 0 (all).
     """
@@ -48,8 +62,8 @@ def segments(model: Model, needed: Collection[str]) -> Iterator[Segment]:
     """Cut the graph into segments of the nodes whose keys are ``needed``.
 
     A segment starts at every convolution or product, so that a rectifier before it cannot hide a channel of its input. It
-    ends behind a node whose output jumps (comparisons, rounding, integers): rounding errors would otherwise flip
-    it in one graph and not in the other. What follows starts from the same random values in both.
+    ends behind a node whose output jumps (comparisons, rounding, integers made of floats): rounding errors would otherwise
+    flip it in one graph and not in the other. What follows starts from the same random values in both.
     """
     run: list[Node] = []
     size = 0
@@ -76,7 +90,7 @@ def halves(model: Model, segment: Segment) -> tuple[Segment, Segment]:
 
 def _jumps(model: Model, node: Node) -> bool:
     return node.op in DISCONTINUOUS or any(
-        model.types.get(name, TensorProto.FLOAT) not in FLOATS for name in node.outputs if name
+        node.op not in EXACT and model.types.get(name, TensorProto.FLOAT) not in FLOATS for name in node.outputs if name
     )
 
 
@@ -88,10 +102,18 @@ def _segment(model: Model, run: Sequence[Node]) -> Segment:
         name
         for node in run
         for name in node.outputs
-        if name and model.types.get(name, TensorProto.FLOAT) in FLOATS and node.op not in DISCONTINUOUS
+        if name and _comparable(model.types.get(name, TensorProto.FLOAT), node)
     )
     elements = sum(int(np.prod(model.shapes.get(name, ()))) for name in (*entries, *compared))
     return Segment(tuple(run), entries, compared, threads=1 if elements < SMALL else 0)
+
+
+def _comparable(kind: int, node: Node) -> bool:
+    return kind in INTEGERS or (kind in FLOATS and node.op not in DISCONTINUOUS)
+
+
+FED, READ = "/fed", "/read"
+"""What the float32 stand-in of a tensor of a narrow type is called, at the entry and at the exit of a segment."""
 
 
 def plain_graph(
@@ -100,28 +122,57 @@ def plain_graph(
     protos: Sequence[onnx.NodeProto],
     outputs: Sequence[str],
     entries: Sequence[str],
+    sliced: Collection[str],
 ) -> tuple[bytes, dict[str, np.ndarray]]:
-    """Serialise nodes as a model, with its constants as inputs; return the constants beside it."""
+    """Serialise nodes as a model, with its constants as inputs; return the constants beside it.
+
+    Tensors of types that numpy cannot pass to onnxruntime (four bits, float8) enter and leave as float32, through a Cast.
+
+    Parameters
+    ----------
+    sliced
+        Integer constants that hold channels; all others say how data move, and stay constants.
+    """
     read = dict.fromkeys(name for proto in protos for name in reads(proto) if name)
     own = {name for proto in protos for name in proto.output}
-    constants, baked = {}, []
-    inputs = [helper.make_tensor_value_info(n, model.types.get(n, TensorProto.FLOAT), model.shapes[n]) for n in entries]
+    constants, baked, inputs, nodes, results = {}, [], [], [], []
+
+    def enter(name: str, kind: int, shape: Shape) -> None:
+        if kind in NARROW:
+            nodes.append(helper.make_node("Cast", [name + FED], [name], to=kind))
+            name, kind = name + FED, TensorProto.FLOAT
+        inputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    for name in entries:
+        enter(name, model.types.get(name, TensorProto.FLOAT), model.shapes[name])
     for name in read:
         if name in own or name in entries:
             continue
         value = model.value(name)
         if value is None:
             continue
-        if is_float(value.dtype) and value.ndim > 0:
-            constants[name] = value
-            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-            inputs.append(helper.make_tensor_value_info(name, kind, value.shape))
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        castable = kind not in NARROW or model.opset >= CASTS_NARROW
+        if value.ndim and castable and (is_float(value.dtype) or model.aliases.get(name, name) in sliced):
+            constants[name] = crossing(value, kind)
+            enter(name, kind, value.shape)
         else:
             baked.append(numpy_helper.from_array(value, name))
-    graph = helper.make_graph(protos, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], baked)
+    nodes += protos
+    for name in outputs:
+        results.append(name)
+        if model.types.get(name) in NARROW:
+            results[-1] = name + READ
+            nodes.append(helper.make_node("Cast", [name], [name + READ], to=TensorProto.FLOAT))
+    graph = helper.make_graph(nodes, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in results], baked)
     proto = helper.make_model(graph, opset_imports=original.opset_import, ir_version=max(original.ir_version, 8))
     proto.functions.extend(original.functions)
     return proto.SerializeToString(), constants
+
+
+def crossing(value: np.ndarray, kind: int) -> np.ndarray:
+    """What numpy passes to onnxruntime for a value of ONNX type ``kind``."""
+    return value.astype(np.float32) if kind in NARROW else value
 
 
 def masked_nodes(
@@ -129,8 +180,9 @@ def masked_nodes(
 ) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
     """Return the original's nodes with every ending axis masked immediately before the operator that ends it.
 
-    Masking is ``Where(mask, x, 0)``: a product would keep NaN. Where statistics run over the axis (means, norms, maxima)
-    the operator is redefined instead: it sees the kept channels alone, and its output is spread back onto all of them.
+    Masking is ``Where(mask, x, 0)``, with the zero point for 0 where x is quantised: a product would keep NaN. Where
+    statistics run over the axis (means, norms, maxima, ranges) the operator is redefined instead: it sees the kept
+    channels alone, and its output is spread back onto all of them.
     """
     out: list[onnx.NodeProto] = []
     constants: dict[str, np.ndarray] = {}
@@ -155,8 +207,10 @@ def masked_nodes(
                 constants[f"{name}/keep"] = constants[f"{name}/keep"].astype(dtype)
                 out.append(helper.make_node("Mul", [f"{name}/keep", source], [name]))
             else:
-                constants[f"{name}/zero"] = np.zeros((), dtype)
-                out.append(helper.make_node("Where", [f"{name}/keep", source, f"{name}/zero"], [name]))
+                zero = f"{name}/zero" if c.zero is None else proto.input[c.zero]
+                if c.zero is None:
+                    constants[zero] = np.zeros((), dtype)
+                out.append(helper.make_node("Where", [f"{name}/keep", source, zero], [name]))
             copy.input[c.input] = name
         out.append(copy)
     return out, constants
@@ -174,7 +228,8 @@ def _redefined(
     before, after = [], []
     for index, name in enumerate(node.inputs):
         constant = coupling.model.constant(name) if name else None
-        if not name or name in coupling.model.static or (constant is not None and not constant.floating):
+        labelled = constant is None or (node.key, constant.name) in coupling.ledger.readers
+        if not name or name in coupling.model.static or not labelled:
             continue
         kept = _places(coupling, keep, coupling.ledger.input(node, index, ()).axes, coupling.model.shapes[name])
         if kept is not None:
@@ -214,23 +269,51 @@ def _dtype(model: Model, name: str) -> np.dtype:
     return np.dtype(helper.tensor_dtype_to_np_dtype(model.types.get(name, TensorProto.FLOAT)))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Where random values of quantised entries lie: by default anywhere in the range of their type.
+
+    Attributes
+    ----------
+    spare
+        Bits of eight-bit integers that stay unused. Processors without VNNI add products of bytes in pairs of 16 bits, which
+        saturate, so that a result depends on which channels are neighbours; with one bit to spare no pair does.
+    near
+        By entry its zero point, to which values lie close: what is made of them then does not exceed the output's range.
+    """
+
+    spare: int = 0
+    near: Mapping[str, int] = field(default_factory=dict)
+
+
+NEAR = 8
+"""Largest distance of a value from the zero point that it lies close to."""
+
 DRAWS = 4
 """Kinds of random values that a segment is tried on, until its operators are within their domains."""
 
 
 def random_entries(
-    model: Model, entries: Sequence[str], rng: np.random.Generator, draw: int
-) -> Mapping[str, np.ndarray]:
-    """Random values for a segment's entries: floats by ``draw``, integers 0 or 1 (or 0 alone), random booleans.
+    model: Model, entries: Sequence[str], rng: np.random.Generator, draw: int, span: Span
+) -> dict[str, np.ndarray]:
+    """Random values for a segment's entries: floats by ``draw``, quantised ones by ``span``, random booleans.
 
     Draw 0 is normal around 0.25; the others suit operators that are not defined everywhere: above 0.5 (Log, Sqrt), within
-    (0.05, 0.95) (Acos, Atanh), above 1 (Acosh).
+    (0.05, 0.95) (Acos, Atanh), above 1 (Acosh). Integers of 32 and 64 bits may be indices: they are 0 or 1 (or 0 alone).
     """
     values = {}
     for name in entries:
         shape, dtype = model.shapes[name], _dtype(model, name)
+        kind = model.types.get(name, TensorProto.FLOAT)
         if dtype == np.bool_:
             value = rng.random(shape) < 0.5
+        elif kind in ROUNDED and kind not in FLOAT8:
+            count = 1 << BITS.get(kind, 8 * dtype.itemsize)
+            low = 0 if dtype.name.startswith("u") else -(count // 2)
+            if name in span.near:
+                value = (span.near[name] + rng.integers(-NEAR, NEAR + 1, shape)).clip(low, low + count - 1)
+            else:
+                value = rng.integers(low, low + count, shape) >> (span.spare if count == 256 else 0)
         elif np.issubdtype(dtype, np.integer):
             value = rng.integers(0, 2 - draw % 2, shape)
         elif draw == 2:
@@ -238,5 +321,5 @@ def random_entries(
         else:
             noise = rng.standard_normal(shape, np.float32)
             value = (noise + 0.25, np.abs(noise) + 0.5, noise, np.abs(noise) + 1)[draw]
-        values[name] = np.asarray(value, dtype)  # numpy turns operations on arrays of shape () into scalars
+        values[name] = crossing(np.asarray(value, dtype), kind)  # numpy turns operations on shape () into scalars
     return values

@@ -14,6 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnxprune.coupling import Coupling
+from onnxprune.ops.quantised import quantised
 from onnxprune.passes.calibrate import Consumer, Feeds, n_samples
 from onnxprune.passes.rank import Ranking
 from onnxprune.protos import constant_tensor
@@ -45,6 +46,8 @@ def weigh(
     for number, ranking in enumerate(rankings):
         progress(number, len(rankings))
         changes = probe.changes(ranking)
+        if not changes:  # its channels are those of weights in a type that cannot be fed
+            continue
         relative = relative_error((probe.run(feed, changes) for feed in feeds), wanted, spread)
         predicted = ranking.errors[: ranking.probe].sum()
         weights[number] = relative / predicted if predicted > 0 else 1.0
@@ -127,7 +130,8 @@ class _Probe:
                 graph.initializer.append(numpy_helper.from_array(np.zeros(size, np.float32), name))
         self.values = {tensor.name: tensor for tensor in graph.initializer}
         listed = {value.name for value in graph.input}
-        members = {member.tensor for member in coupling.members}
+        self.quantised = quantised(coupling.model)
+        members = {member.tensor for member in coupling.members if self._zero(member.tensor) is not None}
         for name, tensor in self.values.items():
             if name not in listed and (name in members or name in self.biases.values()):
                 graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
@@ -152,21 +156,32 @@ class _Probe:
             gone = np.zeros(self.coupling.n_classes, bool)
             gone[ranking.units[: ranking.probe]] = True
             for member in self.coupling.members:
-                if not member.ends and gone[member.classes].any() and member.tensor in self.values:
+                zero = self._zero(member.tensor)
+                if not member.ends and gone[member.classes].any() and member.tensor in self.values and zero is not None:
                     value = found.get(member.tensor)
                     value = numpy_helper.to_array(self.values[member.tensor]) if value is None else value
-                    self._set(found, member.tensor, _zeroed(value, member.axis, gone[member.classes]))
+                    self._set(found, member.tensor, _zeroed(value, member.axis, gone[member.classes], zero))
         return found
+
+    def _zero(self, name: str) -> float | None:
+        """What stands for zero in a constant; None where its scales do, or where it cannot be fed."""
+        weight = self.quantised.get(name)
+        if weight is None:
+            return 0.0
+        scalar = weight.scale is not None and weight.scale.size == 1
+        if not scalar or weight.weight.itemsize < 1 or weight.weight.floating:
+            return None
+        return 0.0 if weight.zero is None else float(weight.zero.load().ravel()[0])
 
     def _set(self, found: dict[str, np.ndarray], name: str, value: np.ndarray) -> None:
         kind = helper.tensor_dtype_to_np_dtype(self.values[name].data_type)
         found[name] = np.ascontiguousarray(value, kind)
 
 
-def _zeroed(array: np.ndarray, axis: int, gone: np.ndarray) -> np.ndarray:
+def _zeroed(array: np.ndarray, axis: int, gone: np.ndarray, zero: float) -> np.ndarray:
     """A constant without the channels of one axis; ``gone`` of shape ``(size,)``, or a row for every block of axis 0."""
     array = array.copy()
     blocks = np.split(array, len(gone)) if gone.ndim > 1 else [array]
     for block, mask in zip(blocks, np.atleast_2d(gone), strict=True):
-        block[(slice(None),) * axis + (mask,)] = 0
+        block[(slice(None),) * axis + (mask,)] = zero
     return array

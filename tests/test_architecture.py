@@ -17,7 +17,7 @@ LAYERS = (
     {"labels"},
     {
         "runtime", "ops", "cost", "latency", "memory", "plan", "coupling", "metrics", "profile", "protos", "amend",
-        "trainable",
+        "sibling", "trainable",
     },
     {
         "onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers",

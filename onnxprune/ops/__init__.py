@@ -147,6 +147,7 @@ from onnxprune.ops import (  # noqa: E402  (they register)
     elementwise,  # noqa: F401
     fused,  # noqa: F401
     indexing,  # noqa: F401
+    integer,  # noqa: F401
     linear,  # noqa: F401
     movement,  # noqa: F401
     norm,  # noqa: F401

@@ -91,17 +91,24 @@ def rotary_width(node: Node, change: Change) -> list[Edit]:
 # -- onnxruntime's ---------------------------------------------------------------------------------------------------
 
 
-@couples("Attention", "PackedAttention", domain=MICROSOFT)
+@couples("Attention", "PackedAttention", "QAttention", domain=MICROSOFT)
 def projected_attention(node: Node, ledger: Ledger) -> None:
-    """One weight, stacked from those of queries, keys and values, ends the input's channels and starts all three."""
+    """One weight, stacked from those of queries, keys and values, ends the input's channels and starts all three.
+
+    QAttention takes integers, with scales and zero points that may be those of columns of the weight; all three of its
+    parts are equally wide.
+    """
     x, w = ledger.input(node, 0), ledger.input(node, 1)
-    flat = node.op == "PackedAttention"
+    flat, integer = node.op == "PackedAttention", node.op == "QAttention"
+    past_index, zero_x, zero_w = (8, 6, 7) if integer else (4, None, None)
     *leading, channels = x.axes
     inner = ledger.unify(channels, w.axes[0])
-    ledger.contract(node, 0, len(x.axes) - 1)
+    ledger.contract(node, 0, len(x.axes) - 1, zero=zero_x if integer and node.has(6) else None)
     ledger.contract(node, 1, 0)
-    ledger.contract(node, 1, 1, state=True)
+    ledger.contract(node, 1, 1, state=True, zero=zero_w if integer and node.has(7) else None)
     stacked = w.axes[1]
+    for index in (i for i in (4, 7) if integer and node.has(i)):
+        stacked = ledger.unify(stacked, (*ledger.input(node, index).axes, ())[0])
     if node.has(2):
         stacked = ledger.unify(stacked, ledger.input(node, 2).axes[0])
         ledger.contract(node, 2, 0, state=True)
@@ -115,22 +122,25 @@ def projected_attention(node: Node, ledger: Ledger) -> None:
     )
     if node.attributes.get("do_rotary", 0):
         _stay(ledger, q[3], k[3])  # the operator itself knows by which angles they turn
-    cached = not flat and (node.has(4) or len(node.outputs) > 1)
+    if integer:
+        _equally_many(ledger, k[3], v[3])
+    cached = not flat and (node.has(past_index) or len(node.outputs) > 1)
     if cached:  # one tensor holds keys and values
         k = v = (batch, ledger.unify(k[1], v[1]), tokens, ledger.unify(k[3], v[3]))
-    if cached and node.has(4):
-        stack, *past = ledger.input(node, 4).axes
+    if cached and node.has(past_index):
+        stack, *past = ledger.input(node, past_index).axes
         _stay(ledger, stack)
         k = v = _joined(ledger, k, past)
     k, _, out = _attend(node, ledger, q, k, v)
-    _bias(node, ledger, 5, out)
+    if not integer:
+        _bias(node, ledger, 5, out)
     ledger.output(node, (tokens, _packed(out)[2]) if flat else _packed(out))
     if cached and len(node.outputs) > 1:
         present = ledger.shape(node.outputs[1])
         ledger.output(node, (fixed(2), k[0], k[1], fixed(present[3]), k[3]), 1)
 
 
-@rewrites("Attention", "PackedAttention", domain=MICROSOFT)
+@rewrites("Attention", "PackedAttention", "QAttention", domain=MICROSOFT)
 def projected_heads(node: Node, change: Change) -> list[Edit]:
     """The number of heads follows, and so do the sizes of queries, keys and values (equal thirds need not be named)."""
     before = _sizes(node, change.before(node.inputs[1])[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from onnxprune.labels import Axis, Ledger, Refusal
+from collections.abc import Sequence
+
+from onnxprune.labels import Axis, Layout, Ledger, Refusal
 from onnxprune.model import Node
 from onnxprune.ops import couples
 
@@ -37,9 +39,15 @@ def broadcast(node: Node, ledger: Ledger) -> None:
     rank = max(len(operand.axes) for operand in operands)
     if node.op == "PRelu" and len(operands[0].axes) < rank:
         raise Refusal("a PRelu slope of higher rank than its input")
+    ledger.output(node, aligned(ledger, operands))
+
+
+def aligned(ledger: Ledger, operands: Sequence[Layout]) -> list[Axis]:
+    """Axes of what is computed from operands that broadcast."""
+    rank = max(len(operand.axes) for operand in operands)
     axes: list[Axis] = [()] * rank
     for operand in operands:
         offset = rank - len(operand.axes)
         for position, axis in enumerate(operand.axes, offset):
             axes[position] = ledger.unify(axes[position], axis)
-    ledger.output(node, axes)
+    return axes

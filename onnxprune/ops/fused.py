@@ -40,7 +40,7 @@ def fused_matmul(node: Node, ledger: Ledger) -> None:
         if node.attributes.get(f"trans{side}", 0) and len(order) > 1:
             order[-2:] = order[:-3:-1]
         orders.append(order)
-    multiply(node, ledger, *orders)
+    multiply(node, ledger, orders[0], orders[1])
 
 
 @couples("BiasSplitGelu", domain=MICROSOFT)

@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 from onnxprune.labels import Axis, Channels, Ledger, Refusal, fixed, is_fixed
 from onnxprune.model import Node
 from onnxprune.ops import Change, Edit, channels_only, couples, rewrites
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """Which inputs of a product are its factors and its bias, and which hold their zero points (None: zero is zero)."""
+
+    a: int = 0
+    b: int = 1
+    bias: int = 2
+    zero_a: int | None = None
+    zero_b: int | None = None
+
+    def contract(self, node: Node, ledger: Ledger, axis_a: int, axis_b: int) -> None:
+        """Along these axes the product sums."""
+        for index, axis, zero in ((self.a, axis_a, self.zero_a), (self.b, axis_b, self.zero_b)):
+            ledger.contract(node, index, axis, zero=zero if zero is not None and node.has(zero) else None)
+
+
+PLAIN = Operands()
+
+CONVOLUTIONS = frozenset(("Conv", "ConvTranspose", "FusedConv", "QLinearConv", "ConvInteger"))
+"""Operators whose output has its channels on axis 1, unless they say that channels stand last."""
+
+PRODUCTS = frozenset(
+    (
+        "Gemm", "MatMul", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+        "MatMulNBits",
+    )
+)  # fmt: skip
 
 
 @couples("Conv")
@@ -16,16 +46,17 @@ def conv(node: Node, ledger: Ledger) -> None:
     convolve(node, ledger, 1)
 
 
-def convolve(node: Node, ledger: Ledger, channel: int) -> None:
+def convolve(node: Node, ledger: Ledger, channel: int, operands: Operands = PLAIN) -> None:
     """Convolve a tensor whose axis ``channel`` holds the channels."""
-    x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0,))
+    place = operands.b
+    x, w = ledger.input(node, operands.a), ledger.input(node, place, axes=(0,))
     groups = node.attributes.get("group", 1)
-    shape, kernel = ledger.shape(node.outputs[0]), ledger.shape(node.inputs[1])
+    shape, kernel = ledger.shape(node.outputs[0]), ledger.shape(node.inputs[place])
     pixels = [axis for axis in range(1, len(shape)) if axis != channel]
     channels_only(node, ledger, (*(x.axes[p] for p in pixels), *w.axes[2:]), "a convolution slides over it")
     out = w.axes[0]
     if groups == 1:
-        inner = ledger.input(node, 1, axes=(1,)).axes[1]
+        inner = ledger.input(node, place, axes=(1,)).axes[1]
         ledger.unify(x.axes[channel], inner)
     else:
         rows_in, columns_in = ledger.grid(x.axes[channel], groups)
@@ -34,16 +65,16 @@ def convolve(node: Node, ledger: Ledger, channel: int) -> None:
             ledger.freeze([rows_out], "another factor of the same axis shrinks instead")  # one output per group
             rows_out = fixed(groups)
         ledger.unify(rows_in, rows_out)
-        inner = ledger.per_row(node, 1, 1, rows_out)
+        inner = ledger.per_row(node, place, 1, rows_out)
         ledger.unify(columns_in, inner)
         if not columns_in:  # depthwise: a channel's whole depth multiplier goes with it
             ledger.freeze([columns_out], "the depth multiplier is one number for all channels")
     if groups == 1 or kernel[1] > 1:
-        ledger.contract(node, 0, channel)
-        ledger.contract(node, 1, 1)
-    out = _bias(node, ledger, out)
+        operands.contract(node, ledger, channel, 1)
+    out = _bias(node, ledger, out, operands.bias)
     factor = shape[0] * prod(shape[p] for p in pixels) * prod(kernel[2:])
-    ledger.work(node, (out, inner), factor, weight=1, channels=Channels("Conv", x.axes[channel], out, inner))
+    channels = Channels("Conv", x.axes[channel], out, inner)
+    ledger.work(node, (out, inner), factor, weight=place, channels=channels)
     axes = [fixed(size) for size in shape]
     axes[0], axes[channel] = x.axes[0], out
     ledger.output(node, axes)
@@ -75,30 +106,40 @@ def conv_transpose(node: Node, ledger: Ledger) -> None:
 @rewrites("Conv", "ConvTranspose")
 def convolution_groups(node: Node, change: Change) -> list[Edit]:
     """A grouped convolution that lost whole groups says so in its attribute."""
+    return groups_left(node, change, 1)
+
+
+def groups_left(node: Node, change: Change, weight: int) -> list[Edit]:
+    """Number of groups that a convolution keeps, whose weight is input ``weight``."""
     groups = node.attributes.get("group", 1)
     if groups == 1:
         return []
-    x, w = node.inputs[:2]
+    x, w = node.inputs[0], node.inputs[weight]
+    last = node.op.startswith("Nhwc") or node.attributes.get("channels_last", 0)
     if node.op == "ConvTranspose":
         left = change.after(node.outputs[0])[1] // change.after(w)[1]
     else:
-        left = change.after(x)[-1 if node.op.startswith("Nhwc") else 1] // change.after(w)[1]
+        left = change.after(x)[-1 if last else 1] // change.after(w)[1]
     return [Edit("group", left)] if left != groups else []
 
 
 @couples("Gemm")
 def gemm(node: Node, ledger: Ledger) -> None:
     """The shared dimension ends; rows come from A, columns from B; C broadcasts onto both."""
-    a, b = ledger.input(node, 0), ledger.input(node, 1)
+    multiply_matrices(node, ledger)
+
+
+def multiply_matrices(node: Node, ledger: Ledger, operands: Operands = PLAIN) -> None:
+    """Multiply two matrices, either of which may be transposed, and add a third."""
+    a, b = ledger.input(node, operands.a), ledger.input(node, operands.b)
     transposed_a, transposed_b = node.attributes.get("transA", 0), node.attributes.get("transB", 0)
     rows, ended = a.axes[::-1] if transposed_a else a.axes
     inner, columns = b.axes[::-1] if transposed_b else b.axes
     ended = ledger.unify(ended, inner)
-    ledger.contract(node, 0, 0 if transposed_a else 1)
-    ledger.contract(node, 1, 1 if transposed_b else 0)
-    ledger.work(node, (rows, inner, columns), weight=1, channels=Channels("MatMul", inner, columns, inner))
-    if node.has(2):
-        c = ledger.input(node, 2)
+    operands.contract(node, ledger, 0 if transposed_a else 1, 1 if transposed_b else 0)
+    ledger.work(node, (rows, inner, columns), weight=operands.b, channels=Channels("MatMul", inner, columns, inner))
+    if node.has(operands.bias):
+        c = ledger.input(node, operands.bias)
         padded: tuple[Axis, ...] = ((), (), *c.axes)[-2:]
         rows, columns = ledger.unify(rows, padded[0]), ledger.unify(columns, padded[1])
     ledger.output(node, (rows, columns))
@@ -107,24 +148,26 @@ def gemm(node: Node, ledger: Ledger) -> None:
 @couples("MatMul")
 def matmul(node: Node, ledger: Ledger) -> None:
     """numpy.matmul: the shared dimension ends, leading dimensions broadcast, either side may be the weight."""
-    multiply(node, ledger, *(range(len(ledger.shape(name))) for name in node.inputs[:2]))
+    a, b = (range(len(ledger.shape(name))) for name in node.inputs[:2])
+    multiply(node, ledger, a, b)
 
 
-def multiply(node: Node, ledger: Ledger, order_a: Sequence[int], order_b: Sequence[int]) -> None:
+def multiply(
+    node: Node, ledger: Ledger, order_a: Sequence[int], order_b: Sequence[int], operands: Operands = PLAIN
+) -> None:
     """Multiply two operands whose axes are first put in these orders."""
     if not order_a or not order_b:
         raise Refusal(f"{node.op} of a scalar")
-    a = [ledger.input(node, 0).axes[position] for position in order_a]
-    b = [ledger.input(node, 1).axes[position] for position in order_b]
+    a = [ledger.input(node, operands.a).axes[position] for position in order_a]
+    b = [ledger.input(node, operands.b).axes[position] for position in order_b]
     inner = max(len(b) - 2, 0)
     inner_b = b[inner]
     ledger.unify(a[-1], inner_b)
-    ledger.contract(node, 0, order_a[-1])
-    ledger.contract(node, 1, order_b[inner])
+    operands.contract(node, ledger, order_a[-1], order_b[inner])
     batch = _broadcast(ledger, a[:-2], b[:-2])
     rows = a[-2:-1]
     columns = b[-1:] if len(b) > 1 else []
-    weight = next((i for i in (1, 0) if ledger.is_weight(node.inputs[i])), None)
+    weight = next((i for i in (operands.b, operands.a) if ledger.is_weight(node.inputs[i])), None)
     if weight is None:
         ledger.attend(batch, (*rows, inner_b, *columns))
     channels = Channels("MatMul", inner_b, columns[0] if columns else (), inner_b)
@@ -132,8 +175,8 @@ def multiply(node: Node, ledger: Ledger, order_a: Sequence[int], order_b: Sequen
     ledger.output(node, (*batch, *rows, *columns))
 
 
-def _bias(node: Node, ledger: Ledger, out: Axis) -> Axis:
-    return ledger.unify(out, ledger.input(node, 2).axes[0]) if node.has(2) else out
+def _bias(node: Node, ledger: Ledger, out: Axis, index: int = 2) -> Axis:
+    return ledger.unify(out, ledger.input(node, index).axes[0]) if node.has(index) else out
 
 
 def _broadcast(ledger: Ledger, a: list[Axis], b: list[Axis]) -> list[Axis]:

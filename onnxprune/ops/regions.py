@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from onnxprune.labels import Axis, Layout, Ledger, Refusal, fixed, is_fixed, length
@@ -12,7 +14,12 @@ from onnxprune.ops import Change, Edit, couples, rewrites
 @couples("Concat")
 def concat(node: Node, ledger: Ledger) -> None:
     """Output channel k is channel k - offset of the input it came from."""
-    parts = [ledger.input(node, index) for index in range(len(node.inputs))]
+    join(node, ledger, range(len(node.inputs)))
+
+
+def join(node: Node, ledger: Ledger, indices: Iterable[int]) -> None:
+    """Lay these inputs end to end along the node's axis."""
+    parts = [ledger.input(node, index) for index in indices]
     position = node.attributes["axis"] % len(parts[0].axes)
     if position == 0 and all(is_fixed(part.axes[0]) for part in parts):
         ledger.output(node, ledger.stack(parts))
@@ -266,7 +273,17 @@ def _pad_axes(node: Node, value, rank: int) -> list[int]:
 
 
 def _pad_value(node: Node, ledger: Ledger) -> float | None:
-    if not node.has(2):
-        return node.attributes.get("value", 0.0)
-    value = ledger.model.value(node.inputs[2])
-    return None if value is None else float(value.ravel()[0])
+    return _real(ledger, node.inputs[2]) if node.has(2) else node.attributes.get("value", 0.0)
+
+
+def _real(ledger: Ledger, name: str) -> float | None:
+    """A constant's first number; of a quantised one only whether it is zero."""
+    made = ledger.model.producer.get(name)
+    if made is None or made.op != "DequantizeLinear" or name in ledger.model.static:
+        value = ledger.model.value(name)
+        return None if value is None else float(value.ravel()[0])
+    before = ledger.model.producer.get(made.inputs[0])
+    if before is not None and before.op == "QuantizeLinear":
+        return _real(ledger, before.inputs[0])
+    source, zero = _real(ledger, made.inputs[0]), _real(ledger, made.inputs[2]) if made.has(2) else 0.0
+    return None if source is None or zero is None else source - zero

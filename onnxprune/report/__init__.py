@@ -14,6 +14,8 @@ from onnxprune import runtime
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.labels import Axis, length
+from onnxprune.model import Node
+from onnxprune.ops.linear import CONVOLUTIONS
 from onnxprune.passes.compensate import Compensation
 from onnxprune.passes.prove import Proof
 from onnxprune.passes.validate import Quality, drop
@@ -245,7 +247,7 @@ def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
     rows, owners, titles = [], owners_of(coupling), Titles(coupling.ledger)
     for index, work in enumerate(cost.works):
         node = work.node
-        axis = _channel_axis(coupling, node.op, node.key)
+        axis = _channel_axis(coupling, node)
         classes = np.concatenate([np.zeros(0, np.int64), *(atom.ravel() for atom in coupling.atoms(axis))])
         rows.append(
             Layer(
@@ -266,9 +268,10 @@ def layers(cost: Cost, keep: np.ndarray) -> tuple[Layer, ...]:
     return tuple(rows)
 
 
-def _channel_axis(coupling: Coupling, op: str, output: str) -> Axis:
-    axes = coupling.axes(output)
-    return axes[1] if op in ("Conv", "ConvTranspose", "FusedConv") else (axes[-1] if axes else ())
+def _channel_axis(coupling: Coupling, node: Node) -> Axis:
+    axes = coupling.axes(node.key)
+    second = node.op in CONVOLUTIONS and not node.attributes.get("channels_last", 0)
+    return axes[1] if second else (axes[-1] if axes else ())
 
 
 def owners_of(coupling: Coupling) -> np.ndarray:

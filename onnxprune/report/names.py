@@ -14,10 +14,11 @@ from math import prod
 from onnxprune.cost import Cost
 from onnxprune.labels import length
 from onnxprune.model import Node
+from onnxprune.ops.linear import CONVOLUTIONS, PRODUCTS
 from onnxprune.report.flow import Flow, Meeting, Use
 from onnxprune.report.titles import Path, Titles, shared, text
 
-ADDS, MULTIPLIES = ("Add", "Sum", "Sub"), ("Mul",)
+ADDS, MULTIPLIES = ("Add", "Sum", "Sub", "QLinearAdd"), ("Mul", "QLinearMul")
 RECURRENT = frozenset(("LSTM", "GRU", "RNN"))
 
 
@@ -223,7 +224,7 @@ def of(place: Path) -> str:
 
 def count(nodes: Sequence[Node]) -> str:
     """Say how many layers these are, and of what kind."""
-    convolutions = all(node.op in ("Conv", "ConvTranspose") for node in nodes)
-    linear = all(node.op in ("Gemm", "MatMul") for node in nodes)
+    convolutions = all(node.op in CONVOLUTIONS for node in nodes)
+    linear = all(node.op in PRODUCTS for node in nodes)
     word = "conv" if convolutions else "linear layer" if linear else "layer"
     return f"{len(nodes)} {word}{'s' if len(nodes) != 1 else ''}"

@@ -66,7 +66,7 @@ TEXTS = {
     "other-factor": ("another factor of the same axis shrinks instead",),
     "uneven": (
         "its groups or heads cannot shrink evenly", "the depth multiplier is one number for all channels",
-        "the number of * groups stays",
+        "the number of * groups stays", "a quantisation block goes as a whole", "its last quantisation block is not full",
     ),
     "arithmetic": (
         "its length enters the computation on values", "its * operand is computed by arithmetic that would not follow",
@@ -176,7 +176,7 @@ class _Causes:
 
     def _is_weight(self, name: str) -> bool:
         constant = self._model.constant(name) if name else None
-        return constant is not None and not constant.is_vector and (constant.floating or constant.itemsize == 1)
+        return constant is not None and not constant.is_vector and (constant.floating or constant.itemsize <= 1)
 
     @cached_property
     def _nodes(self) -> dict[tuple[str, str], Node]:

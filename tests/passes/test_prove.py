@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
+import integers
 import numpy as np
 import onnx
 import pytest
@@ -21,6 +22,7 @@ from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
 from onnxprune.passes import prove as proving
 from onnxprune.passes.apply import apply
+from onnxprune.passes.closeness import closeness
 from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof
 from onnxprune.passes.score import score
@@ -617,3 +619,81 @@ def test_failure_names_the_tensor() -> None:
     failures = own.prove(pruned).failures
     assert any(failure.startswith("body1/Conv/output: differs by") for failure in failures)
     assert all("body1/Conv" in failure for failure in failures)
+
+
+# -- integers ----------------------------------------------------------------------------------------------------------
+
+INTEGERS = {"residual": integers.residual, "dynamic": integers.dynamic, "few-bits": integers.few_bits}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_every_corrupted_plan_of_an_integer_model_is_caught(name: str) -> None:
+    """Labels alone and values alone find corrupted slices of integer weights, scales and zero points."""
+    own = case_of(INTEGERS[name]())
+    missed = []
+    for number, attack in enumerate(ATTACKS):
+        rng = np.random.default_rng(number)
+        slices = attack(own, rng) or one_index_swapped(own, rng)
+        assert slices is not None
+        if caught(own, slices) != (True, True, True):
+            missed.append((attack.__name__, caught(own, slices)))
+    assert missed == []
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integer_model_is_proved_and_nothing_insensitive(name: str) -> None:
+    """The right plan of an integer model is proved; every segment notices the negative control."""
+    for share in (0.8, 0.4):
+        proof = onnxprune.prune(INTEGERS[name](), target_mac=share).report.proof
+        assert proof.ok
+        assert proof.insensitive == ()
+
+
+@pytest.mark.parametrize(
+    ("op", "index", "value"),
+    [
+        pytest.param("QLinearAdd", 5, np.uint8(100), id="zero-point-of-an-operand"),
+        pytest.param("QLinearConv", 7, np.uint8(99), id="zero-point-of-an-output"),
+        pytest.param("QGemm", 7, np.float32(0.3), id="scale-of-an-output"),
+    ],
+)
+def test_another_scale_or_zero_point_is_caught(op: str, index: int, value: np.generic, values_only: None) -> None:
+    """Integer outputs are compared: an operator that rounds to other integers than the original fails the proof."""
+    own = case_of(integers.residual())
+    pruned, _ = own.prune()
+    assert own.prove(pruned).ok
+    node = next(node for node in pruned.graph.node if node.op_type == op)
+    pruned.graph.initializer.append(numpy_helper.from_array(np.asarray(value), "other"))
+    node.input[index] = "other"
+    proof = own.prove(pruned)
+    assert any("integers differ" in failure for failure in proof.failures)
+
+
+@pytest.mark.parametrize(
+    ("kind", "moved", "agree"),
+    [
+        pytest.param(TensorProto.UINT8, {0: 1}, True, id="one-step-in-one"),
+        pytest.param(TensorProto.UINT8, {0: 2}, False, id="two-steps"),
+        pytest.param(TensorProto.UINT8, dict.fromkeys(range(10), 1), True, id="one-step-in-one-per-cent"),
+        pytest.param(TensorProto.UINT8, dict.fromkeys(range(11), 1), False, id="one-step-in-more"),
+        pytest.param(TensorProto.INT32, {0: 1}, False, id="sums-are-exact"),
+    ],
+)
+def test_rounded_integers_may_lie_one_step_apart(kind: int, moved: dict[int, int], agree: bool) -> None:
+    """What was rounded from floats may differ by one step in one element of a hundred; sums of products never."""
+    want = np.arange(1000) % 200
+    have = want.copy()
+    for place, steps in moved.items():
+        have[place] += steps
+    found = closeness(have, want, kind)
+    assert (found.wrong == "") is agree
+    assert found.varies
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2])
+def test_a_step_of_float8_is_the_next_number(kind: int) -> None:
+    """Neighbours among the numbers of float8 are one step apart, however far that is."""
+    every = np.arange(256, dtype=np.uint8).view(helper.tensor_dtype_to_np_dtype(kind)).astype(np.float32)
+    every = np.unique(every[np.isfinite(every)])
+    assert closeness(every[[5, 200]], every[[5, 201]], kind).wrong == ""
+    assert closeness(every[[5, 200]], every[[5, 202]], kind).wrong
