@@ -330,7 +330,8 @@ class _Comparison:
         wrong = [_first_wrong(each) for each in found]
         spare = [place for place, trial in enumerate(trials) if trial.span.spare]
         others = [place for place in range(len(trials)) if place not in spare]
-        judged = spare if wrong[0] and spare and not wrong[spare[0]] else others
+        saturates = wrong[0] and spare and not wrong[spare[0]]
+        judged = spare if saturates or not others else others
         for place in judged:
             if wrong[place]:
                 return wrong[place], False

@@ -407,6 +407,19 @@ def test_all_quantised_falls_back_to_weights(quantise: Quantise, form: str) -> N
     assert result.report.compensation is None
 
 
+def test_weights_behind_a_transpose_count_as_quantised() -> None:
+    """A weight that is dequantised and then turned belongs to a quantised layer, too."""
+    t = Integers()
+    y = t.input(3, 16)
+    for name, shape in (("a", (12, 16)), ("b", (5, 12))):
+        t.constant(t.rng.integers(-100, 101, shape).astype(np.int8), f"{name}.w")
+        real = t.node("DequantizeLinear", f"{name}.w", t.constant(0.01))
+        y = t.node("MatMul", y, t.node("Transpose", real, perm=[1, 0]), name=name)
+    calib = [{"x": np.ones((3, 16), np.float32)}]
+    notes = onnxprune.prune(t.build(y), target_mac=0.6, calib=calib).report.notes
+    assert any(note.startswith("2 of 2 layers have quantised weights") for note in notes)
+
+
 @pytest.mark.parametrize("mode", ["least-squares", "bias"])
 def test_compensation_that_was_asked_for_is_an_error(quantise: Quantise, mode: str) -> None:
     """Asking to fit weights that are all quantised is refused, with what to do instead."""

@@ -95,11 +95,17 @@ def quantised(model: Model) -> dict[str, Quantised]:
     return found
 
 
+_ON_THE_WAY = frozenset(("DequantizeLinear", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast"))
+"""Operators that may stand between a quantised weight and what multiplies by it."""
+
+
 def reads_quantised(node: Node, model: Model, weights: Mapping[str, Quantised]) -> bool:
-    """Whether a node reads a quantised weight, as it is or dequantised right before."""
+    """Whether a node reads a quantised weight, as it is or dequantised before."""
     for name in node.inputs:
-        made = model.producer.get(name)
-        source = made.inputs[0] if made is not None and made.op == "DequantizeLinear" else name
+        source, made = name, model.producer.get(name)
+        while made is not None and made.op in _ON_THE_WAY and model.aliases.get(source, source) not in weights:
+            source = made.inputs[0]
+            made = model.producer.get(source)
         if model.aliases.get(source, source) in weights:
             return True
     return False
