@@ -19,6 +19,7 @@ from onnxprune.errors import (
     UsageError,
 )
 from onnxprune.manifest import Artifact, read_artifact
+from onnxprune.onnx_io import save
 from onnxprune.options import Options
 from onnxprune.pipeline import Result, apply, inspect, prune, verify
 from onnxprune.plan import Plan
@@ -58,6 +59,7 @@ __all__ = [
     "prune",
     "prune_to_quality",
     "read_artifact",
+    "save",
     "sensitivity",
     "sweep",
     "verify",

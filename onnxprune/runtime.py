@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +16,9 @@ import onnxruntime
 from onnx import TensorProto, numpy_helper
 from threadpoolctl import threadpool_limits
 
-from onnxprune.errors import ModelError, UsageError
-from onnxprune.protos import bodies, is_float
+from onnxprune import external, storage
+from onnxprune.errors import FileError, ModelError, UsageError
+from onnxprune.protos import INTEGERS, bodies, is_float
 
 onnxruntime.set_default_logger_severity(4)
 
@@ -56,7 +59,7 @@ class Session:
     Parameters
     ----------
     model
-        A file's path (external data is found beside it), or serialised bytes.
+        A file's path (external data is found beside it), serialised bytes, or a model, wherever its data lies.
     provider
         onnxruntime execution provider, ``CPUExecutionProvider`` by default.
     optimize
@@ -76,8 +79,9 @@ class Session:
     """
 
     def __init__(
-        self, model: str | bytes, provider: str = "", *, optimize: bool = True, threads: int = 0, keep: bool = True
-    ) -> None:
+        self, model: str | bytes | onnx.ModelProto, provider: str = "", *, optimize: bool = True, threads: int = 0,
+        keep: bool = True,
+    ) -> None:  # fmt: skip
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads or _limit.get()
@@ -89,18 +93,20 @@ class Session:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.promoted = False
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=providers(provider))
+            self._session = _session(model, options, provider)
             if any("bfloat16" in value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())):
                 raise TypeError("numpy arrays cannot feed bfloat16")
+        except FileError:
+            raise
         except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this model
             promoted = _promoted(model)
             if promoted is None:
                 raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
             self.promoted = True
             try:
-                self._session = onnxruntime.InferenceSession(
-                    promoted.SerializeToString(), options, providers=providers(provider)
-                )
+                self._session = _session(promoted, options, provider)
+            except FileError:
+                raise
             except Exception:  # the first error is about what the user gave
                 raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
         self.inputs: dict[str, tuple[tuple[int | str | None, ...], np.dtype]] = {
@@ -128,9 +134,46 @@ def one_blas_thread() -> Iterator[None]:
         yield
 
 
-def _promoted(model: str | bytes) -> onnx.ModelProto | None:
+def _session(
+    model: str | bytes | onnx.ModelProto, options: onnxruntime.SessionOptions, provider: str
+) -> onnxruntime.InferenceSession:
+    chosen = providers(provider)
+    if not isinstance(model, onnx.ModelProto):
+        return onnxruntime.InferenceSession(model, options, providers=chosen)
+    if not storage.has_parts(model):
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=chosen)
+    with storage.temporary_file(model) as path:
+        return onnxruntime.InferenceSession(path, options, providers=chosen)
+
+
+WHOLE_BYTES = 2 << 30
+"""Bytes of constants, floats in float32, beyond which a model is not run in one piece.
+
+onnxruntime holds a model about twice while it loads it, and half precision, for which its CPU kernels are few, in float32.
+A fixed bound says the same of a model on every machine.
+"""
+
+
+def fits(model: onnx.ModelProto) -> bool:
+    """Whether a model is small enough to be run in one piece where nobody asked for that."""
+    return float32_bytes(model) <= WHOLE_BYTES
+
+
+def float32_bytes(model: onnx.ModelProto) -> int:
+    """Bytes that a model's constants take once floats of every width are in float32."""
+    return sum(
+        external.n_bytes(tensor) if tensor.data_type in INTEGERS else 4 * math.prod(tensor.dims)
+        for tensor in external.every_tensor(model)
+    )
+
+
+def _promoted(model: str | bytes | onnx.ModelProto) -> onnx.ModelProto | None:
     try:
-        return in_float32(onnx.load(model) if isinstance(model, str) else onnx.ModelProto.FromString(model))
+        if isinstance(model, str):
+            proto = onnx.load(model, load_external_data=False)
+            external.attach(proto, pathlib.Path(model))
+            return in_float32(proto)
+        return in_float32(onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model)
     except Exception:  # not a model at all: onnxruntime's own error says so
         return None
 
@@ -144,7 +187,10 @@ def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
         nonlocal found
         if proto.data_type in wide:
             found = True
-            proto.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(proto).astype(np.float32), proto.name))
+            if external.is_outside(proto):
+                external.cast(proto, TensorProto.FLOAT)
+                return
+            proto.CopyFrom(numpy_helper.from_array(external.array(proto).astype(np.float32), proto.name))
 
     def graph(proto: onnx.GraphProto) -> None:
         nonlocal found
@@ -209,9 +255,9 @@ def random_feeds(
 
 
 def measure(
-    model: bytes, wanted: Iterable[str], shapes: Mapping[str, Sequence[int]]
+    model: bytes | onnx.ModelProto, wanted: Iterable[str], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Run a serialised model once on random input; return shape and element type of each ``wanted`` tensor (an output)."""
+    """Run a model once on random input; return shape and element type of each ``wanted`` tensor (an output)."""
     session = Session(model, optimize=False)
     names = list(wanted)
     values = session.run(random_feeds(session.inputs, shapes), names)
@@ -271,7 +317,7 @@ class Arithmetic:
             outputs = [onnx.ValueInfoProto(name=name) for name in self._names]
             graph = onnx.helper.make_graph(inner, "shapes", inputs, outputs, list(constants))
             model = onnx.helper.make_model(graph, opset_imports=list(opset), ir_version=10)
-            self._session = Session(model.SerializeToString(), optimize=False, threads=1)
+            self._session = Session(model, optimize=False, threads=1)
 
     def __call__(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
         """Evaluate every static tensor for the given tensor shapes."""

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError
 from onnxprune.labels import length
 from onnxprune.model import Model, Node
-from onnxprune.passes.apply import take
 from onnxprune.passes.couple import Replayed, components, walk
 from onnxprune.passes.segments import DRAWS, Segment, halves, masked_nodes, plain_graph, random_entries, segments
 from onnxprune.plan import Plan, expected_slices, owner
 from onnxprune.runtime import Session
+from onnxprune.slices import take
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-4, np.dtype(np.float16): 3e-2}
 """Largest difference over the spread of a tensor (standard deviation after its per-channel mean is removed)."""
@@ -289,7 +290,7 @@ class _Comparison:
         protos = [self.of_original[node.key] for node in segment.nodes]
         nodes, masks = masked_nodes(coupling, self.keep, protos, segment.nodes)
         model, constants = plain_graph(self.original, coupling.model, nodes, segment.compared, segment.entries)
-        model = _with_constants(model, masks)
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in masks.items())
         session = Session(model, optimize=False, threads=segment.threads)
 
         def run(entries):
@@ -376,9 +377,3 @@ def _spread(value: np.ndarray) -> float:
 def _run(session: Session, feeds, outputs) -> dict[str, np.ndarray]:
     needed = {name: feeds[name] for name in session.inputs}
     return dict(zip(outputs, session.run(needed, list(outputs)), strict=True))
-
-
-def _with_constants(model: bytes, constants: dict[str, np.ndarray]) -> bytes:
-    proto = onnx.ModelProto.FromString(model)
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
-    return proto.SerializeToString()

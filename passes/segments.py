@@ -100,8 +100,8 @@ def plain_graph(
     protos: Sequence[onnx.NodeProto],
     outputs: Sequence[str],
     entries: Sequence[str],
-) -> tuple[bytes, dict[str, np.ndarray]]:
-    """Serialise nodes as a model, with its constants as inputs; return the constants beside it."""
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Make a model of nodes, with its constants as inputs; return the constants beside it."""
     read = dict.fromkeys(name for proto in protos for name in reads(proto) if name)
     own = {name for proto in protos for name in proto.output}
     constants, baked = {}, []
@@ -121,7 +121,7 @@ def plain_graph(
     graph = helper.make_graph(protos, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], baked)
     proto = helper.make_model(graph, opset_imports=original.opset_import, ir_version=max(original.ir_version, 8))
     proto.functions.extend(original.functions)
-    return proto.SerializeToString(), constants
+    return proto, constants
 
 
 def masked_nodes(

@@ -158,7 +158,7 @@ def _judge(artifact: Artifact, source: onnx.ModelProto, path: pathlib.Path, metr
     module = OnnxModule(source, artifact.trainable)
 
     def measure(weights: Mapping[str, Tensor]) -> float:
-        session = runtime.Session(module.to_onnx(weights).SerializeToString())
+        session = runtime.Session(module.to_onnx(weights))
         return validate.evaluate(session, samples, chosen, reference=reference, view=reading).value
 
     return Judge(measure, chosen.higher_is_better)
@@ -180,7 +180,7 @@ def _prove(artifact: Artifact, trained: onnx.ModelProto, weights: Mapping[str, T
         module.load_state_dict({name: value.cpu() for name, value in weights.items()})
         results = module(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in module.inputs))
     mine = results if isinstance(results, tuple) else (results,)
-    session = runtime.Session(trained.SerializeToString())
+    session = runtime.Session(trained)
     for name, computed, have in zip(module.outputs, session.run(inputs), mine, strict=True):
         want = np.asarray(computed)
         if want.dtype != np.float32:
