@@ -178,14 +178,17 @@ def _promoted(model: str | bytes | onnx.ModelProto) -> onnx.ModelProto | None:
         return None
 
 
-def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """Return the model with float32 in the place of bfloat16 and double; None where it has neither."""
+UNSUPPORTED = (TensorProto.BFLOAT16, TensorProto.DOUBLE)
+"""Types for which onnxruntime lacks kernels."""
+
+
+def in_float32(model: onnx.ModelProto, kinds: Sequence[int] = UNSUPPORTED) -> onnx.ModelProto | None:
+    """Return the model with float32 in the place of other floats; None where it has none of these."""
     found = False
-    wide = (TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
     def tensor(proto: onnx.TensorProto) -> None:
         nonlocal found
-        if proto.data_type in wide:
+        if proto.data_type in kinds:
             found = True
             if external.is_outside(proto):
                 external.cast(proto, TensorProto.FLOAT)
@@ -195,7 +198,7 @@ def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
     def graph(proto: onnx.GraphProto) -> None:
         nonlocal found
         for value in (*proto.input, *proto.output, *proto.value_info):
-            if value.type.tensor_type.elem_type in wide:
+            if value.type.tensor_type.elem_type in kinds:
                 found = True
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
         for each in proto.initializer:
@@ -204,7 +207,7 @@ def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
             for attribute in node.attribute:
                 if attribute.HasField("t"):
                     tensor(attribute.t)
-                if attribute.name in ("to", "dtype") and attribute.i in wide:
+                if attribute.name in ("to", "dtype") and attribute.i in kinds:
                     found = True
                     attribute.i = TensorProto.FLOAT
             for body in bodies(node):

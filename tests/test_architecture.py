@@ -15,7 +15,10 @@ LAYERS = (
     {"errors"},
     {"model", "measures", "importing"},
     {"labels"},
-    {"runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend", "trainable", "slices", "external", "storage"},
+    {
+        "runtime", "ops", "cost", "plan", "coupling", "metrics", "protos", "amend", "trainable", "slices", "external",
+        "storage",
+    },
     {
         "onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers",
         "checkpoint_files", "checkpoint_map", "comparison", "compose", "manifest", "recover", "supervision",

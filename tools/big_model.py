@@ -24,7 +24,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 ALIGNED = 4096
-HEAD = 128  # channels of a head
 RATIO = 4  # channels of the MLP over those of the stream
 
 
@@ -66,15 +65,13 @@ class Weights:
 
 
 def build(
-    path: pathlib.Path,
-    gigabytes: float,
-    *,
-    hidden: int = 2560,
-    vocabulary: int = 50_000,
-    n_files: int = 1,
+    path: pathlib.Path, gigabytes: float, *, hidden: int = 2560, vocabulary: int = 50_000, head: int = 128, n_files: int = 1,
     seed: int = 0,
-) -> int:
-    """Write a model of about the given size (1 GB is 10**9 bytes); return its number of blocks."""
+) -> int:  # fmt: skip
+    """Write a model of about the given size (1 GB is 10**9 bytes); return its number of blocks.
+
+    ``hidden`` is the number of channels of the residual stream, ``head`` of each head.
+    """
     matrices = 2 * (4 + 2 * RATIO) * hidden * hidden  # bytes of a block
     n_blocks = max(1, round((gigabytes * 1e9 - 4 * vocabulary * hidden) / matrices))
     for old in path.parent.glob(f"{path.name}.*.bin"):
@@ -94,9 +91,9 @@ def build(
         bias = weights.small(f"{output}.bias", np.zeros(hidden, np.float16))
         return add("LayerNormalization", [source, scale, bias], output, axis=-1)
 
-    weights.small("heads", np.array([0, 0, hidden // HEAD, HEAD], np.int64))
+    weights.small("heads", np.array([0, 0, hidden // head, head], np.int64))
     weights.small("merged", np.array([0, 0, hidden], np.int64))
-    weights.small("scale", np.array(HEAD**-0.5, np.float16))
+    weights.small("scale", np.array(head**-0.5, np.float16))
     stream = add("Gather", [weights.draw("embedding", vocabulary, hidden), "tokens"], "embedded", axis=0)
     for block in range(n_blocks):
         at = f"blocks.{block}"
