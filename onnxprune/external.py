@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -98,15 +98,22 @@ def _with_places(model: onnx.ModelProto) -> Iterator[tuple[TensorProto, bool]]:
             for attribute in node.attribute:
                 if attribute.HasField("t"):
                     yield attribute.t, inner and node.op_type == "Constant"
-                yield from ((tensor, False) for tensor in attribute.tensors)
+                yield from ((tensor, False) for tensor in (*attribute.tensors, *_of_sparse([attribute.sparse_tensor])))
             for body in bodies(node):
                 yield from ((tensor, inner) for tensor in body.initializer)
+                yield from ((tensor, False) for tensor in _of_sparse(body.sparse_initializer))
                 yield from of_nodes(body.node, inner)
 
     yield from ((tensor, True) for tensor in model.graph.initializer)
+    yield from ((tensor, False) for tensor in _of_sparse(model.graph.sparse_initializer))
     yield from of_nodes(model.graph.node, True)
     for function in model.functions:
         yield from of_nodes(function.node, False)
+
+
+def _of_sparse(tensors: Iterable[onnx.SparseTensorProto]) -> Iterator[TensorProto]:
+    for sparse in tensors:
+        yield from (sparse.values, sparse.indices)
 
 
 def _attach(tensor: TensorProto, folder: pathlib.Path, sizes: dict[str, tuple[pathlib.Path, int]]) -> None:

@@ -130,7 +130,10 @@ def _locations(path: pathlib.Path) -> set[str]:
 def older_data(path: pathlib.Path) -> list[pathlib.Path]:
     """Files beside a model that only :func:`save` can have written for it."""
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
-    return sorted(file for file in path.absolute().parent.iterdir() if pattern.fullmatch(file.name))
+    try:
+        return sorted(file for file in path.absolute().parent.iterdir() if pattern.fullmatch(file.name))
+    except OSError:  # a folder may be written and not listed
+        return []
 
 
 def _sweep(path: pathlib.Path, kept: Collection[str]) -> None:
