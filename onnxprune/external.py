@@ -26,7 +26,8 @@ SMALL = 1024
 """Bytes of a tensor below which it belongs into the model's own file: shapes, bounds, scales."""
 
 CHUNK = 16 << 20
-_VIEW = "view"  # the key of external_data that says what is made of the bytes; never written to a file
+_VIEW = "view"  # keys of external_data that are never written to a file: what is made of the bytes,
+_STAMP = "stamp"  # and by what a change of the file shows
 _BITS = {
     getattr(TensorProto, name): bits
     for bits, names in ((4, ("UINT4", "INT4", "FLOAT4E2M1")), (2, ("UINT2", "INT2")))
@@ -131,7 +132,7 @@ def _attach(tensor: TensorProto, folder: pathlib.Path, sizes: dict[str, tuple[pa
     if not 0 <= offset <= size - needed:
         raise ValueError(f"{location} has {size} bytes, {needed} at offset {offset} are wanted")
     tensor.ClearField("raw_data")
-    _point(tensor, {"location": str(file), "offset": str(offset), "length": str(needed)})
+    _point(tensor, {"location": str(file), "offset": str(offset), "length": str(needed), _STAMP: _stamp(file)})
 
 
 def _inside(folder: pathlib.Path, location: str) -> pathlib.Path:
@@ -165,9 +166,27 @@ def file_of(tensor: TensorProto) -> pathlib.Path:
     return file
 
 
-def files_of(model: onnx.ModelProto) -> set[pathlib.Path]:
-    """All files in which values of a model lie that are not in memory."""
-    return {file_of(tensor) for tensor in every_tensor(model) if is_outside(tensor)}
+def _stamp(file: pathlib.Path) -> str:
+    state = file.stat()
+    return f"{state.st_size} {state.st_mtime_ns}"
+
+
+def _unchanged(tensor: TensorProto) -> pathlib.Path:
+    """The file of a tensor, as it was when the model was opened.
+
+    Raises
+    ------
+    FileError
+        It is gone, or somebody has written to it: what was proved would not be what is written.
+    """
+    file = file_of(tensor)
+    try:
+        same = _facts(tensor).get(_STAMP) in (None, _stamp(file))
+    except OSError as error:
+        raise FileError(f"{file}: cannot be read any more ({error.strerror})") from error
+    if not same:
+        raise FileError(f"{file}: has changed since the model was opened; run again")
+    return file
 
 
 def _facts(tensor: TensorProto) -> dict[str, str]:
@@ -192,7 +211,7 @@ def array(tensor: TensorProto) -> np.ndarray:
     facts = _facts(tensor)
     view = json.loads(facts.get(_VIEW, "{}"))
     kind, dims = view.get("type", tensor.data_type), view.get("dims", tuple(tensor.dims))
-    values = _mapped(file_of(tensor), int(facts["offset"]), kind, dims)
+    values = _mapped(_unchanged(tensor), int(facts["offset"]), kind, dims)
     for slices in view.get("takes", ()):
         values = take(values, {int(axis): kept for axis, kept in slices.items()}, tensor.name)
     return values if kind == tensor.data_type else values.astype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
@@ -202,7 +221,7 @@ def _mapped(file: pathlib.Path, offset: int, kind: int, dims) -> np.ndarray:
     try:
         stored = np.memmap(file, np.uint8, "r", offset, (_n_bytes(kind, dims),))
     except (OSError, ValueError) as error:
-        raise FileError(f"{file}: cannot be read ({error}); it was there when the model was opened") from error
+        raise FileError(f"{file}: cannot be read ({error})") from error
     if kind in _BITS or sys.byteorder == "big":
         return _parsed(kind, dims, stored.tobytes())
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
@@ -264,7 +283,7 @@ def contents(tensor: TensorProto) -> Iterator[bytes | memoryview]:
         else:
             yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         return
-    left, file = n_bytes(tensor), file_of(tensor)
+    left, file = n_bytes(tensor), _unchanged(tensor)
     try:
         with file.open("rb") as stream:
             stream.seek(int(_facts(tensor)["offset"]))

@@ -356,6 +356,20 @@ def test_model_in_memory_without_its_data_is_refused(source: Path) -> None:
     assert onnxprune.prune(model, target_mac=0.6).report.proof.ok  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("change", ["touched", "gone"])
+def test_data_that_changes_during_a_run_is_noticed(source: Path, tmp_path: Path, change: str) -> None:
+    """What was proved is not written from other bytes: a file that changed since the model was opened is an error."""
+    result = onnxprune.prune(source, target_mac=0.6)
+    file = source.parent / "part 1.bin"
+    if change == "gone":
+        file.unlink()
+    else:
+        os.utime(file, ns=(0, 0))
+    with pytest.raises(onnxprune.FileError, match=r"part 1\.bin: (has changed since|cannot be read any more)"):
+        onnxprune.save(result.model, tmp_path / "out.onnx")
+    assert list(tmp_path.glob("out.onnx*")) == []
+
+
 # -- whole or absent ---------------------------------------------------------------------------------------------------
 
 
