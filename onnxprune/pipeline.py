@@ -409,8 +409,15 @@ def write(result: Result, model: ModelLike, out: str | os.PathLike, *, force: bo
 
 
 def check_output(model: ModelLike, out: pathlib.Path, *, force: bool) -> None:
-    """Refuse to write over the input, over an existing file without ``force``, or into nowhere."""
+    """Refuse to write over the input or its data, over an existing file without ``force``, or into nowhere."""
     given = None if isinstance(model, onnx.ModelProto) else pathlib.Path(model)
+    check_place(given, out, force=force)
+    if given is not None and given.exists() and (out.exists() or out.is_symlink() or onnx_io.older_data(out)):
+        _spare_data(given, out)
+
+
+def check_place(given: pathlib.Path | None, out: pathlib.Path, *, force: bool) -> None:
+    """Refuse to write over the file ``given``, over an existing file without ``force``, or into nowhere."""
     if given is not None and given.exists() and out.exists() and out.samefile(given):
         raise UsageError(f"{out}: is the input; choose another file for the output")
     if out.is_dir():
@@ -419,8 +426,6 @@ def check_output(model: ModelLike, out: pathlib.Path, *, force: bool) -> None:
         raise UsageError(f"{out}: exists; choose another name or use --force to overwrite it")
     if not out.parent.is_dir():
         raise FileError(f"{out}: the folder {out.parent} does not exist")
-    if given is not None and given.exists() and (out.exists() or out.is_symlink() or onnx_io.older_data(out)):
-        _spare_data(given, out)
     if not os.access(out.parent, os.W_OK):
         raise FileError(f"{out}: the folder {out.parent} cannot be written")
 
