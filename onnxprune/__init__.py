@@ -20,6 +20,7 @@ from onnxprune.errors import (
     UsageError,
 )
 from onnxprune.manifest import Artifact, read_artifact
+from onnxprune.onnx_io import save
 from onnxprune.options import Options
 from onnxprune.pipeline import Result, apply, inspect, prune, verify
 from onnxprune.plan import Plan
@@ -60,6 +61,7 @@ __all__ = [
     "prune",
     "prune_to_quality",
     "read_artifact",
+    "save",
     "sensitivity",
     "slice_encodings",
     "sweep",

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnxprune import external
 from onnxprune.errors import ModelError
 from onnxprune.protos import constant_tensor, list_as_inputs
 
@@ -132,10 +133,12 @@ def _set_value(tensor: onnx.TensorProto, value: np.ndarray) -> bool:
     """Give a tensor another value of its own type, keeping documentation and metadata; say whether it changed a bit."""
     kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     fresh = numpy_helper.from_array(np.asarray(value, kind, order="C").reshape(tuple(tensor.dims)), tensor.name)
-    if fresh.raw_data == numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data:
+    if fresh.raw_data == numpy_helper.from_array(external.array(tensor)).raw_data:
         return False  # the tensor may hold its numbers in another field
     if tensor.HasField("doc_string"):
         fresh.doc_string = tensor.doc_string
     fresh.metadata_props.extend(tensor.metadata_props)
+    if external.belongs_outside(tensor):
+        fresh.data_location = tensor.data_location
     tensor.CopyFrom(fresh)
     return True

@@ -187,14 +187,14 @@ def _add_model(model: ModelLike, path: pathlib.Path) -> dict[str, Any]:
     """Copy a model's file as it is, with its external data, or save a model that is in memory."""
     if isinstance(model, onnx.ModelProto):
         onnx_io.save(model, path)
-        return _file_entry(path)
-    source = pathlib.Path(model)
-    locations = sorted(onnx_io.external_files(onnx.load(source, load_external_data=False)))
-    for location in locations:
-        twin = path.parent / location
-        if twin.exists() and onnx_io.sha256(twin) != onnx_io.sha256(source.parent / location):
-            raise UsageError(f"both models keep their data in a file {location}; save one of them in a single file")
-    onnx_io.copy(source, path, force=True)
+    else:
+        source = pathlib.Path(model)
+        for location in onnx_io.external_files(onnx_io.load_graph(source)):
+            twin = path.parent / location
+            if twin.exists() and onnx_io.sha256(twin) != onnx_io.sha256(source.parent / location):
+                raise UsageError(f"both models keep their data in a file {location}; save one of them in a single file")
+        onnx_io.copy(source, path, force=True)
+    locations = sorted(onnx_io.external_files(onnx_io.load_graph(path)))
     entry = _file_entry(path)
     if locations:
         external = [_file_entry(path.parent / location) for location in locations]

@@ -97,7 +97,7 @@ def apply_checkpoint(
     for path in map(pathlib.Path, files):
         if path.exists() and out.exists() and out.samefile(path):
             raise UsageError(f"{out}: is {path}, which is read; choose another file for the output")
-    pipeline.check_output(source, out, force=force)
+    pipeline.check_place(source, out, force=force)
     plan, mapped = pipeline.read_plan(plan), read_map(mapping)
     given = checkpoint_files.read(source)
     wanted = cuts(plan, given, mapped)

@@ -13,8 +13,8 @@ import numpy as np
 
 from onnxprune.checkpoint_files import Checkpoint
 from onnxprune.errors import FileError, ModelError, UsageError
-from onnxprune.passes.apply import take
-from onnxprune.plan import Plan, Slices
+from onnxprune.plan import Plan
+from onnxprune.slices import Slices, take
 
 
 @dataclass(frozen=True, slots=True)

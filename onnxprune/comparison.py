@@ -7,8 +7,8 @@ from functools import cached_property
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
+from onnxprune import external
 from onnxprune.protos import INTEGERS, bodies, captures, constant_tensor, named_tensors
 
 Place = tuple[int, int]
@@ -86,8 +86,8 @@ def _pairs(want: _Graph, have: _Graph) -> Iterator[tuple[str, onnx.TensorProto, 
 def _compare_tensors(name: str, a: onnx.TensorProto, b: onnx.TensorProto) -> tuple[list[str], bool]:
     if tuple(a.dims) != tuple(b.dims) or a.data_type != b.data_type:
         return [f"{name} has shape {list(b.dims)}, expected {list(a.dims)}"], False
-    value = numpy_helper.to_array(b)
-    if np.array_equal(numpy_helper.to_array(a), value):
+    value = external.array(b)
+    if np.array_equal(external.array(a), value):
         return [], True
     if a.data_type in INTEGERS:
         return [f"{name} holds other integers"], False

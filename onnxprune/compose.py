@@ -11,8 +11,8 @@ import numpy as np
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError
 from onnxprune.labels import Atom
-from onnxprune.passes.apply import take
-from onnxprune.plan import Plan, Slices, expected_slices, make_plan, refuse_impossible
+from onnxprune.plan import Plan, expected_slices, make_plan, refuse_impossible
+from onnxprune.slices import Slices, take
 
 _NOT_ITS_RESULT = "the second plan was not made for the first one's result"
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
-from onnxprune import onnx_io, pipeline
+from onnxprune import external, onnx_io, pipeline
 from onnxprune.errors import UsageError
 from onnxprune.options import ModelLike, Options
 from onnxprune.protos import bodies, constant_tensor, named_tensors
@@ -143,7 +142,7 @@ def _constants(a: Mapping[str, onnx.TensorProto], b: Mapping[str, onnx.TensorPro
         elif first != second:
             yield ConstantChange(name, "shape", first, second)
         else:
-            x, y = (numpy_helper.to_array(side[name]) for side in (a, b))
+            x, y = (external.array(side[name]) for side in (a, b))
             if not np.array_equal(x, y, equal_nan=x.dtype.kind == "f"):
                 yield ConstantChange(name, "values", first, second, _distance(x, y))
 

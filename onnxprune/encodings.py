@@ -22,11 +22,11 @@ from onnxprune import onnx_io
 from onnxprune.encoding_entries import Tensor, slice_entry
 from onnxprune.errors import FileError, UsageError
 from onnxprune.options import Clock, ModelLike, Options
-from onnxprune.passes.apply import take
 from onnxprune.pipeline import load, options_from, read_plan
 from onnxprune.plan import Plan, keep_of
 from onnxprune.prepare import inline
 from onnxprune.protos import bodies, named_tensors
+from onnxprune.slices import take
 
 PARTS = ("activation_encodings", "param_encodings", "encodings")
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
-from onnxprune import onnx_io, parcels, pipeline, quality, runtime
+from onnxprune import external, onnx_io, parcels, pipeline, quality, runtime
 from onnxprune.artifact import export_artifact
 from onnxprune.budget import Budget
 from onnxprune.compose import compose
@@ -317,7 +316,7 @@ def _diverged(pruned: pathlib.Path, trained: pathlib.Path) -> bool:
 
 
 def _finite(tensor: onnx.TensorProto) -> bool:
-    value = numpy_helper.to_array(tensor)
+    value = external.array(tensor)
     floats = value.dtype.kind in "fV"  # V: bfloat16
     return not floats or bool(np.isfinite(value.astype(np.float64)).all())
 

@@ -6,35 +6,43 @@ import hashlib
 import math
 import os
 import pathlib
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import IO
 
 import onnx
-from onnx import helper
 
+from onnxprune import external, storage
 from onnxprune.comparison import compare  # noqa: F401 (of files, too)
 from onnxprune.errors import FileError, ModelError, UsageError
-from onnxprune.protos import named_tensors, tensors
+from onnxprune.protos import named_tensors
 from onnxprune.reader import read  # noqa: F401 (reading belongs to input and output)
-
-MAX_PROTOBUF = 2**31 - 1  # bytes that protobuf serialises at most
-
+from onnxprune.storage import temporary_file  # noqa: F401
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
 def load(path: str | os.PathLike) -> onnx.ModelProto:
-    """Read a model file with its external data.
+    """Read a model file; what lies in other files stays there until it is asked for (:mod:`onnxprune.external`).
 
     Raises
     ------
     FileError
         The file is missing or cannot be read.
     ModelError
-        It is not an ONNX model, or its external data is missing.
+        It is not an ONNX model, or its external data is missing, cut short or not within its folder.
     """
     path = pathlib.Path(path)
+    model = load_graph(path)
+    external.attach(model, path)
+    return model
+
+
+def load_graph(path: pathlib.Path) -> onnx.ModelProto:
+    """Read a model file as it is, with the locations of its external data as the file names them."""
     require_file(path)
     data = path.read_bytes()
     if not data:
@@ -43,13 +51,8 @@ def load(path: str | os.PathLike) -> onnx.ModelProto:
         model = onnx.ModelProto.FromString(data)
     except Exception as error:  # protobuf's DecodeError differs between its implementations
         raise ModelError(f"{path}: not an ONNX model, or cut short; export it again") from error
-    del data
     if not model.graph.node and not model.graph.output:
         raise ModelError(f"{path}: not an ONNX model (no graph in it)")
-    try:
-        onnx.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:
-        raise ModelError(f"{path}: its external data cannot be read ({str(error).splitlines()[0]})") from error
     return model
 
 
@@ -73,88 +76,143 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
-    """Write a model through a temporary file beside it: the file is whole or absent.
+    """Write a model: its file is whole or absent, and never stands beside data of another.
+
+    Where tensors lay in other files when the model was read, or are more than one file can hold, the larger ones go into one
+    file beside it, ``NAME.DIGEST.data``. The digest is that of its bytes, so that neither a crash nor an older file can
+    pair a model with other weights; older ones of the same name go when the new model is in place.
 
     Raises
     ------
     FileError
         The folder or the file cannot be written, or the disk is full.
     """
-    require_one_file(model)
-    write(path, model.SerializeToString(deterministic=True))
+    path = pathlib.Path(path)
+    stored = storage.split(model) if storage.has_parts(model) else None
+    if stored is None or not stored.outside:
+        write(path, (stored.graph if stored else model).SerializeToString(deterministic=True))
+        _sweep(path, ())
+        return
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise FileError(f"{path}: is no plain file, and this model's data needs a file beside it; choose another name")
+    data, fresh = path, False
+    try:
+        with _temporary(path) as (file, done):
+            data = path.with_name(f"{path.name}.{stored.write_data(file)[:16]}.data")
+            fresh = not data.exists()
+            done(data)
+        stored.name(data.name)
+        write(path, stored.graph.SerializeToString(deterministic=True))
+    except BaseException:
+        if fresh and data.name not in _locations(path):  # an interrupt may come when all is done
+            data.unlink(missing_ok=True)
+        raise
+    _sweep(path, (data.name,))
 
 
-@contextmanager
-def temporary_file(model: onnx.ModelProto) -> Iterator[str]:
-    """Write a model to a file that lasts as long as the context.
-
-    Raises
-    ------
-    FileError
-        The folder for temporary files cannot hold it.
-    """
-    require_one_file(model)
-    with tempfile.TemporaryDirectory(prefix="onnxprune.") as folder:
-        path = pathlib.Path(folder) / "model.onnx"
-        try:
-            path.write_bytes(model.SerializeToString())
-        except OSError as error:
-            raise FileError(
-                f"{folder}: cannot hold the model ({error.strerror}); set TMPDIR to a larger folder"
-            ) from error
-        yield str(path)
+def place(files: Mapping[str, bytes], path: pathlib.Path) -> None:
+    """Write the files that :func:`save` made of a model of the same name elsewhere, the model last."""
+    others = files.keys() - {path.name}
+    for name in sorted(others):
+        write(path.with_name(name), files[name])
+    write(path, files[path.name])
+    _sweep(path, others)
 
 
-def require_one_file(model: onnx.ModelProto) -> None:
-    """Raise :class:`ModelError` where a model's tensors are more than one file can hold."""
-    size = sum(math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in tensors(model.graph))
-    if size >= MAX_PROTOBUF:
-        raise ModelError("the pruned model is larger than 2 GB, which a single file cannot hold; prune further")
+def _locations(path: pathlib.Path) -> set[str]:
+    """What a file names as its external data; nothing where it is no model."""
+    try:
+        return external_files(load_graph(path))
+    except (FileError, ModelError):
+        return set()
+
+
+def older_data(path: pathlib.Path) -> list[pathlib.Path]:
+    """Files beside a model that only :func:`save` can have written for it."""
+    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
+    try:
+        return sorted(file for file in path.absolute().parent.iterdir() if pattern.fullmatch(file.name))
+    except OSError:  # a folder may be written and not listed
+        return []
+
+
+def _sweep(path: pathlib.Path, kept: Collection[str]) -> None:
+    """Remove the data of models that ``path`` held before."""
+    for file in older_data(path):
+        if file.name not in kept:
+            file.unlink(missing_ok=True)
 
 
 def write(path: str | os.PathLike, data: bytes) -> None:
     """Write bytes to ``path`` through a temporary file and a rename; a link's target, and a device as it is."""
     path = pathlib.Path(path).resolve()
-    temporary = None
-    try:
-        if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():
+        try:
             with path.open("wb") as device:
                 device.write(data)
-            return
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.{os.getpid()}.", dir=path.parent)
+        except OSError as error:
+            raise FileError(f"{path}: cannot be written ({error.strerror}); nothing was kept") from error
+        return
+    with _temporary(path) as (file, done):
+        file.write(data)
+        done(path)
+
+
+@contextmanager
+def _temporary(path: pathlib.Path) -> Iterator[tuple[IO[bytes], Callable[[pathlib.Path], None]]]:
+    """A temporary file beside ``path``, and what gives it a name of its own; without one it goes."""
+    temporary: pathlib.Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.{os.getpid()}.", dir=path.parent)
+        temporary = pathlib.Path(name)
+
+        def done(final: pathlib.Path) -> None:
+            nonlocal temporary
+            file.close()
+            mask = os.umask(0)
+            os.umask(mask)
+            pathlib.Path(name).chmod(0o666 & ~mask)
+            pathlib.Path(name).replace(final)
+            temporary = None
+
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        pathlib.Path(temporary).chmod(0o666 & ~mask)
-        pathlib.Path(temporary).replace(path)
-        temporary = None
+            yield file, done
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({error.strerror}); nothing was kept") from error
     finally:
         if temporary is not None:
-            pathlib.Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def copy(source: pathlib.Path, out: pathlib.Path, *, force: bool = False) -> None:
-    """Copy a model file byte for byte, with its external data where that lies in another folder than ``out``."""
-    locations = external_files(onnx.load(source, load_external_data=False))
+    """Copy a model file byte for byte, with its external data where that lies in another folder than ``out``.
+
+    Where data of another model must be overwritten, an older ``out`` goes first: it might read it.
+    """
+    pairs, locations = [], external_files(load_graph(source))
     for location in sorted(locations):
         data, twin = source.parent / location, out.parent / location
         if twin.exists() and twin.samefile(data):
             continue
         if twin.exists() and not force:
             raise UsageError(f"{twin}: exists; the model's external data would overwrite it (--force allows it)")
+        pairs.append((data, twin))
+    if any(twin.exists() for _, twin in pairs) and out.is_file():
+        out.unlink()
+    for data, twin in pairs:
         twin.parent.mkdir(parents=True, exist_ok=True)
-        write(twin, data.read_bytes())
+        with data.open("rb") as stream, _temporary(twin.resolve()) as (file, done):
+            shutil.copyfileobj(stream, file, external.CHUNK)
+            done(twin.resolve())
     write(out, source.read_bytes())
+    _sweep(out, locations)
 
 
 def external_files(model: onnx.ModelProto) -> set[str]:
     """Locations of external data, as the model names them, in initializers and attributes alike."""
     return {
         entry.value
-        for tensor in tensors(model.graph)
+        for tensor in external.every_tensor(model)
         if tensor.data_location == onnx.TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune import onnx_io, report, runtime
+from onnxprune import onnx_io, report, runtime, storage
 from onnxprune.amend import amend, strip
 from onnxprune.branches import flatten, merges
 from onnxprune.budget import Budget
@@ -82,7 +82,15 @@ class Loaded:
         inlining = ("local functions were inlined, because what they compute shrinks",) if inlined else ()
         wide = not {onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}.isdisjoint(self.coupling.model.types.values())
         single = ("bfloat16 and double are run in float32 where onnxruntime has no kernels for them",) if wide else ()
-        return (*self.prepared, *inlining, *single, *self.coupling.model.notes)
+        return (*self.prepared, *inlining, *single, *size_notes(pruned), *self.coupling.model.notes)
+
+
+def size_notes(pruned: onnx.ModelProto) -> tuple[str, ...]:
+    """What is left out because a model is large."""
+    if runtime.fits(pruned):
+        return ()
+    size = f"{runtime.float32_bytes(pruned) / 1e9:.1f} GB in float32"
+    return (f"the pruned model is too large to run in one piece here ({size}); its segments are proved one by one",)
 
 
 def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = None) -> Loaded:
@@ -246,7 +254,7 @@ def finish(run: Ready, options: Options, clock: Clock, progress: Progress = sile
     every = np.ones(coupling.n_classes, bool)
     before = _before(loaded)
     # Asking a protobuf for its size serialises it, so only a size target pays for that.
-    overhead = loaded.proto.ByteSize() - before["bytes"] if "size" in options.targets else 0
+    overhead = storage.size_of(loaded.proto) - before["bytes"] if "size" in options.targets else 0
     budget = Budget(options.targets, before, overhead)
     with clock.stage("select"):
         raced = None
@@ -270,7 +278,7 @@ def finish(run: Ready, options: Options, clock: Clock, progress: Progress = sile
     if not budget.met:
         after["params"] = onnx_io.n_params(pruned)
     if "size" in options.targets:
-        after["bytes"] = pruned.ByteSize() - overhead
+        after["bytes"] = round(storage.size_of(pruned) - overhead)
     timed_after = {"latency": raced.ratio * before["latency"]} if raced else _latency(loaded, keep)
     targets = budget.rows({**after, **timed_after}, floor(loaded, options))
     notes = (*loaded.notes(pruned), *run.notes, *_foreign(loaded, options), *runtime.provider_notes(options.provider))
@@ -353,7 +361,7 @@ def _select_to_fit(loaded: Loaded, scores: Scores, budget: Budget, options: Opti
         written = apply_plan(loaded.proto, coupling, make_plan(coupling, keep), keep)
         actual = {"params": onnx_io.n_params(written)}
         if "size" in budget.targets:
-            actual["size"] = written.ByteSize()
+            actual["size"] = storage.size_of(written)
         over = {kind: actual[kind] - budget.limit(kind) for kind in budget.targets.keys() & actual.keys()}
         if all(excess <= 0 for excess in over.values()):
             return keep
@@ -453,7 +461,7 @@ def verify_loaded(
     if differences:
         raise ProofError(f"the pruned model is not what the plan makes of the original: {differences[0]}", differences)
     described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
-    notes = runtime.provider_notes(options.provider)
+    notes = (*size_notes(given), *runtime.provider_notes(options.provider))
     described = replace(described, proof=proof, weights="exact" if exact else "changed", notes=notes)
     if not isinstance(pruned, onnx.ModelProto):
         described = replace(described, output={"path": str(pruned), "sha256": onnx_io.sha256(pruned)})
@@ -527,8 +535,15 @@ def write(result: Result, model: ModelLike, out: str | os.PathLike, *, force: bo
 
 
 def check_output(model: ModelLike, out: pathlib.Path, *, force: bool) -> None:
-    """Refuse to write over the input, over an existing file without ``force``, or into nowhere."""
+    """Refuse to write over the input or its data, over an existing file without ``force``, or into nowhere."""
     given = None if isinstance(model, onnx.ModelProto) else pathlib.Path(model)
+    check_place(given, out, force=force)
+    if given is not None and given.exists() and (out.exists() or out.is_symlink() or onnx_io.older_data(out)):
+        _spare_data(given, out)
+
+
+def check_place(given: pathlib.Path | None, out: pathlib.Path, *, force: bool) -> None:
+    """Refuse to write over the file ``given``, over an existing file without ``force``, or into nowhere."""
     if given is not None and given.exists() and out.exists() and out.samefile(given):
         raise UsageError(f"{out}: is the input; choose another file for the output")
     if out.is_dir():
@@ -539,6 +554,18 @@ def check_output(model: ModelLike, out: pathlib.Path, *, force: bool) -> None:
         raise FileError(f"{out}: the folder {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK):
         raise FileError(f"{out}: the folder {out.parent} cannot be written")
+
+
+def _spare_data(given: pathlib.Path, out: pathlib.Path) -> None:
+    """Refuse an output whose writing would take the input's external data away, or that cannot have data beside it."""
+    files = [given.parent / location for location in onnx_io.external_files(onnx_io.load_graph(given))]
+    for file in (out, *onnx_io.older_data(out)):
+        if any(data.exists() and file.exists() and data.samefile(file) for data in files):
+            raise UsageError(
+                f"{out}: writing it would remove {file}, which holds the input's data; choose another file"
+            )
+    if files and out.is_symlink():
+        raise UsageError(f"{out}: is a link, and this model's data needs a file beside it; choose another name")
 
 
 def read_plan(plan: Plan | str | os.PathLike) -> Plan:
@@ -590,7 +617,12 @@ def _apply(loaded: Loaded, plan: Plan, keep: np.ndarray) -> onnx.ModelProto:
 
 
 def _run_whole(loaded: Loaded, pruned: onnx.ModelProto, provider: str) -> None:
-    """Run the pruned model as users will: in one piece, optimised, with its declared shapes, and at another batch size."""
+    """Run the pruned model as users will: in one piece, optimised, with its declared shapes, and at another batch size.
+
+    One that is too large for that is not run; :func:`size_notes` says so.
+    """
+    if not runtime.fits(pruned):
+        return
     model = loaded.coupling.model
     dynamic = {name for name, dims in model.declared.items() if dims and not isinstance(dims[0], int)}
     larger = {name: (2, *shape[1:]) if name in dynamic else shape for name, shape in model.input_shapes.items()}

@@ -11,9 +11,7 @@ import numpy as np
 
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError, ProofError
-
-Slices = dict[int, list]
-"""Kept indices by axis: a list, or a list of lists where every block of axis 0 keeps others (grouped convolutions)."""
+from onnxprune.slices import Slices
 
 
 @dataclass(frozen=True, slots=True, eq=False)

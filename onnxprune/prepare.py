@@ -157,7 +157,7 @@ def _values(
     part.graph.node.extend(nodes)
     part.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read)
     part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = Session(part.SerializeToString(), optimize=False)
+    session = Session(part, optimize=False)
     _, types = infer(part) if session.promoted else ({}, {})
     for name, value in zip(names, session.run({}, names), strict=True):
         dtype = helper.tensor_dtype_to_np_dtype(types[name]) if session.promoted else value.dtype

@@ -86,9 +86,9 @@ def captures(node: onnx.NodeProto) -> Iterator[str]:
         yield from (name for name in (*read, *(output.name for output in body.output)) if name and name not in own)
 
 
-def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def tensors(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
     """Every tensor of a graph: initializers, and tensors in attributes, bodies included."""
-    yield from graph.initializer
+    yield from getattr(graph, "initializer", ())
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):

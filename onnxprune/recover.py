@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
+from onnxprune import external
 from onnxprune.coupling import Coupling
 from onnxprune.errors import UsageError
 from onnxprune.labels import Atom
-from onnxprune.passes.apply import take
-from onnxprune.plan import Slices
 from onnxprune.protos import named_tensors
+from onnxprune.slices import Slices, take
 
 _HINT = "give the plan that made it (--plan; prune writes one with --plan-out)"
 _UNKNOWN, _REMOVED, _KEPT = -1, 0, 1
@@ -101,7 +100,7 @@ def _match(coupling: Coupling, pair: _Pair, state: np.ndarray) -> bool:
     expected = tuple(pair.after[a] if a != axis else pair.before[a] for a in range(len(pair.before)))
     if array.shape != expected:
         return False
-    kept = _only_embedding(np.moveaxis(array, axis, 0), np.moveaxis(numpy_helper.to_array(pair.tensor), axis, 0))
+    kept = _only_embedding(np.moveaxis(array, axis, 0), np.moveaxis(external.array(pair.tensor), axis, 0))
     if kept is not None:
         _learn(coupling, state, pair.axes[axis], kept)
     return kept is not None

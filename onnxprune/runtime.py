@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import tempfile
 import time
@@ -18,8 +19,9 @@ import onnxruntime
 from onnx import TensorProto, numpy_helper
 from threadpoolctl import threadpool_limits
 
-from onnxprune.errors import ModelError, UsageError
-from onnxprune.protos import bodies, is_float
+from onnxprune import external, storage
+from onnxprune.errors import FileError, ModelError, UsageError
+from onnxprune.protos import INTEGERS, bodies, is_float
 
 onnxruntime.set_default_logger_severity(4)
 
@@ -86,7 +88,7 @@ class Session:
     Parameters
     ----------
     model
-        A file's path (external data is found beside it), or serialised bytes.
+        A file's path (external data is found beside it), serialised bytes, or a model, wherever its data lies.
     provider
         Execution provider as :func:`provider_for` takes it; None is the CPU, where every figure is the same each time.
     optimize
@@ -112,8 +114,8 @@ class Session:
     """
 
     def __init__(
-        self, model: str | bytes, provider: str | None = None, *, optimize: bool = True, threads: int = 0,
-        keep: bool = True, spin: bool = True,
+        self, model: str | bytes | onnx.ModelProto, provider: str | None = None, *, optimize: bool = True,
+        threads: int = 0, keep: bool = True, spin: bool = True,
     ) -> None:  # fmt: skip
         options = _settings(threads or thread_limit(), optimize=optimize, keep=keep, spin=spin)
         self.promoted = False
@@ -122,7 +124,7 @@ class Session:
             self._session = _started(model, options, chosen)
             if any("bfloat16" in value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())):
                 raise TypeError("numpy arrays cannot feed bfloat16")
-        except UsageError:
+        except (FileError, UsageError):
             raise
         except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this model
             if chosen != CPU and not works(chosen):
@@ -133,7 +135,9 @@ class Session:
                 raise refused from error
             self.promoted = True
             try:
-                self._session = _started(promoted.SerializeToString(), options, chosen)
+                self._session = _started(promoted, options, chosen)
+            except FileError:
+                raise
             except Exception:  # the first error is about what the user gave
                 raise refused from error
         self.inputs: dict[str, tuple[tuple[int | str | None, ...], np.dtype]] = {
@@ -201,28 +205,59 @@ def one_blas_thread() -> Iterator[None]:
         yield
 
 
-def _promoted(model: str | bytes) -> onnx.ModelProto | None:
+WHOLE_BYTES = 2 << 30
+"""Bytes of constants, floats in float32, beyond which a model is not run in one piece.
+
+onnxruntime holds a model about twice while it loads it, and half precision, for which its CPU kernels are few, in float32.
+A fixed bound says the same of a model on every machine.
+"""
+
+
+def fits(model: onnx.ModelProto) -> bool:
+    """Whether a model is small enough to be run in one piece where nobody asked for that."""
+    return float32_bytes(model) <= WHOLE_BYTES
+
+
+def float32_bytes(model: onnx.ModelProto) -> int:
+    """Bytes that a model's constants take once floats of every width are in float32."""
+    return sum(
+        external.n_bytes(tensor) if tensor.data_type in INTEGERS else 4 * math.prod(tensor.dims)
+        for tensor in external.every_tensor(model)
+    )
+
+
+def _promoted(model: str | bytes | onnx.ModelProto) -> onnx.ModelProto | None:
     try:
-        return in_float32(onnx.load(model) if isinstance(model, str) else onnx.ModelProto.FromString(model))
+        if isinstance(model, str):
+            proto = onnx.load(model, load_external_data=False)
+            external.attach(proto, pathlib.Path(model))
+            return in_float32(proto)
+        return in_float32(onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model)
     except Exception:  # not a model at all: onnxruntime's own error says so
         return None
 
 
-def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """Return the model with float32 in the place of bfloat16 and double; None where it has neither."""
+UNSUPPORTED = (TensorProto.BFLOAT16, TensorProto.DOUBLE)
+"""Types for which onnxruntime lacks kernels."""
+
+
+def in_float32(model: onnx.ModelProto, kinds: Sequence[int] = UNSUPPORTED) -> onnx.ModelProto | None:
+    """Return the model with float32 in the place of other floats; None where it has none of these."""
     found = False
-    wide = (TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
     def tensor(proto: onnx.TensorProto) -> None:
         nonlocal found
-        if proto.data_type in wide:
+        if proto.data_type in kinds:
             found = True
-            proto.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(proto).astype(np.float32), proto.name))
+            if external.is_outside(proto):
+                external.cast(proto, TensorProto.FLOAT)
+                return
+            proto.CopyFrom(numpy_helper.from_array(external.array(proto).astype(np.float32), proto.name))
 
     def graph(proto: onnx.GraphProto) -> None:
         nonlocal found
         for value in (*proto.input, *proto.output, *proto.value_info):
-            if value.type.tensor_type.elem_type in wide:
+            if value.type.tensor_type.elem_type in kinds:
                 found = True
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
         for each in proto.initializer:
@@ -231,7 +266,7 @@ def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
             for attribute in node.attribute:
                 if attribute.HasField("t"):
                     tensor(attribute.t)
-                if attribute.name in ("to", "dtype") and attribute.i in wide:
+                if attribute.name in ("to", "dtype") and attribute.i in kinds:
                     found = True
                     attribute.i = TensorProto.FLOAT
             for body in bodies(node):
@@ -258,8 +293,15 @@ def _settings(
     return options
 
 
-def _started(model: str | bytes, options: onnxruntime.SessionOptions, provider: str) -> onnxruntime.InferenceSession:
+def _started(
+    model: str | bytes | onnx.ModelProto, options: onnxruntime.SessionOptions, provider: str
+) -> onnxruntime.InferenceSession:
     """Start a session; one that left the provider out, as onnxruntime does where a driver is missing, is an error."""
+    if isinstance(model, onnx.ModelProto):
+        if storage.has_parts(model):
+            with storage.temporary_file(model) as path:
+                return _started(path, options, provider)
+        model = model.SerializeToString()
     asked = [(provider, _EXACT[provider])] if provider in _EXACT else [provider]
     # By itself onnxruntime would print to stdout and go on with another provider.
     session = onnxruntime.InferenceSession(model, options, providers=asked, enable_fallback=0)
@@ -346,9 +388,9 @@ def random_feeds(
 
 
 def measure(
-    model: bytes, wanted: Iterable[str], shapes: Mapping[str, Sequence[int]]
+    model: bytes | onnx.ModelProto, wanted: Iterable[str], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Run a serialised model once on random input; return shape and element type of each ``wanted`` tensor (an output)."""
+    """Run a model once on random input; return shape and element type of each ``wanted`` tensor (an output)."""
     session = Session(model, optimize=False)
     names = list(wanted)
     values = session.run(random_feeds(session.inputs, shapes), names)
@@ -408,7 +450,7 @@ class Arithmetic:
             outputs = [onnx.ValueInfoProto(name=name) for name in self._names]
             graph = onnx.helper.make_graph(inner, "shapes", inputs, outputs, list(constants))
             model = onnx.helper.make_model(graph, opset_imports=list(opset), ir_version=10)
-            self._session = Session(model.SerializeToString(), optimize=False, threads=1)
+            self._session = Session(model, optimize=False, threads=1)
 
     def __call__(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
         """Evaluate every static tensor for the given tensor shapes."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import onnx
-from onnx import numpy_helper
 
+from onnxprune import external
 from onnxprune.ops.recurrent import GATES, STATES
 from onnxprune.protos import constant_tensor, copy_fields, reads
 
@@ -61,7 +61,7 @@ def _is_zero(name: str, makers: Mapping[str, onnx.NodeProto], tensors: Mapping[s
         if tensor is None:  # the default of ConstantOfShape
             return node.op_type == "ConstantOfShape"
     if tensor is not None:
-        return not numpy_helper.to_array(tensor).any()
+        return not external.array(tensor).any()
     return node is not None and node.op_type in _MOVES and _is_zero(node.input[0], makers, tensors)
 
 

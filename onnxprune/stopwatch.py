@@ -262,8 +262,7 @@ class Race:
 
     def __init__(self, original: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], provider: str = "") -> None:
         self.shapes, self.provider = shapes, provider
-        with onnx_io.temporary_file(original) as path:
-            self.session = runtime.Session(path, provider, spin=False)
+        self.session = runtime.Session(original, provider, spin=False)
         self.feeds = runtime.random_feeds(self.session.inputs, shapes)
 
     def alone(self) -> float:
@@ -272,8 +271,7 @@ class Race:
 
     def run(self, candidate: onnx.ModelProto, seconds: float = SECONDS) -> Result:
         """Run original and candidate in turn until the ratio is known well enough, or for ``seconds``."""
-        with onnx_io.temporary_file(candidate) as path:
-            session = runtime.Session(path, self.provider, spin=False)
+        session = runtime.Session(candidate, self.provider, spin=False)
         pairs: list[tuple[float, float]] = []
         begin = time.perf_counter()
         while len(pairs) < LEAST or time.perf_counter() - begin < seconds:

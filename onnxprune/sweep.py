@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -54,10 +55,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run; ``model`` is the pruned model in bytes where it was asked for and something was removed."""
+    """A finished run; ``model`` holds the pruned model's files where it was asked for and something was removed."""
 
     row: Row
-    model: bytes | None = None
+    model: Parcel | None = None
     plan: Mapping[str, Any] | None = None
 
 
@@ -320,7 +321,7 @@ def _execute(run: Run, placed: Mapping[str, str]) -> Done:
     )
     if not run.whole:
         return Done(row)
-    return Done(row, _bytes(result.model) if result.plan.initializers else None, result.plan.to_json())
+    return Done(row, _written(run, result.model) if result.plan.initializers else None, result.plan.to_json())
 
 
 def _check_same(run: Run, model: str) -> None:
@@ -338,9 +339,12 @@ def _check_same(run: Run, model: str) -> None:
     )
 
 
-def _bytes(model: onnx.ModelProto) -> bytes:
-    onnx_io.require_one_file(model)
-    return model.SerializeToString(deterministic=True)
+def _written(run: Run, model: onnx.ModelProto) -> Parcel:
+    """The files of a model as it is written: its data may lie in a file of its own."""
+    with tempfile.TemporaryDirectory(prefix="onnxprune.") as folder:
+        path = pathlib.Path(folder) / pathlib.Path(run.row.output).name
+        onnx_io.save(model, path)
+        return parcels.pack(path)
 
 
 def _failed(run: Run, code: int, message: str) -> Done:
@@ -361,7 +365,7 @@ def _finish(run: Run, result: Done | workers.WorkerLostError) -> Row:
         if result.model is None:
             onnx_io.copy(pathlib.Path(run.model), out, force=True)
         else:
-            onnx_io.write(out, result.model)
+            onnx_io.place(result.model.files, out)
         onnx_io.write(out.with_suffix(".plan.json"), json.dumps(result.plan, indent=1).encode())
     except (FileError, ModelError, UsageError) as error:
         return replace(_failed(run, error.exit_code, str(error)).row, seconds=result.row.seconds)

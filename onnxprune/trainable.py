@@ -11,8 +11,8 @@ from functools import cached_property
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
+from onnxprune import external
 from onnxprune.protos import INTEGERS, bodies, captures, constant_tensor
 
 LARGEST = 1e4  # magnitude: what exceeds it stands for infinity (masks of attention)
@@ -123,7 +123,7 @@ class _Graph:
         reasons = sorted(roles - {_WEIGHT, _FACTOR})
         if reasons:
             return reasons[0]
-        value = numpy_helper.to_array(tensor)
+        value = external.array(tensor)
         if value.dtype.itemsize < 2:
             return QUANTISED
         return _by_value(value.astype(np.float64)) if _FACTOR in roles else ""

@@ -12,12 +12,14 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnxprune import external
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError, ProofError
 from onnxprune.model import Shape
 from onnxprune.passes.follow import PINNED, View, follow
-from onnxprune.plan import Plan, Slices, owner
+from onnxprune.plan import Plan, owner
 from onnxprune.protos import bodies, constant_tensor, copy_fields, list_as_inputs, reads
+from onnxprune.slices import Slices, take
 
 
 def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarray) -> onnx.ModelProto:
@@ -76,33 +78,17 @@ def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarr
     return pruned
 
 
-def take(array: np.ndarray, slices: Slices, name: str) -> np.ndarray:
-    """Keep the given indices on every axis of ``slices``."""
-    for axis, kept in sorted(slices.items(), reverse=True):  # axis 0, which other axes may count blocks of, last
-        rows = kept if kept and isinstance(kept[0], list) else [kept]
-        fits = 0 <= axis < array.ndim and array.shape[0] % len(rows) == 0 and (axis or len(rows) == 1)
-        if not fits or max(max(row, default=-1) for row in rows) >= array.shape[axis]:
-            raise ModelError(f"the plan does not fit {name} of shape {list(array.shape)}")
-        blocks = np.split(array, len(rows)) if len(rows) > 1 else [array]
-        array = (
-            np.concatenate([b.take(row, axis) for b, row in zip(blocks, rows, strict=True)])
-            if len(rows) > 1
-            else (array.take(rows[0], axis))
-        )
-    return array
-
-
 def _operands(coupling: Coupling, edited: Mapping[tuple[str, int], np.ndarray]) -> dict[str, np.ndarray]:
     """Constants that can change in place, because every reader wants the same new value."""
     model, in_place = coupling.model, {}
+    captured = {name for node in model.nodes for name in node.captured}
     inputs = {node.key: node.inputs for node in model.nodes}
     for (key, index), value in edited.items():
         name = inputs[key][index] if index < len(inputs[key]) else ""
         if name not in model.constants or name in model.outputs:
             continue
         wanted = [edited.get((node.key, position)) for node, position in model.consumers[name]]
-        captured = any(name in node.captured for node in model.nodes)
-        if not captured and all(other is not None and np.array_equal(other, value) for other in wanted):
+        if name not in captured and all(other is not None and np.array_equal(other, value) for other in wanted):
             in_place[name] = value
     return in_place
 
@@ -152,7 +138,9 @@ def _edit_constant(
 
 
 def _sliced(tensor: onnx.TensorProto, slices: Slices, name: str) -> onnx.TensorProto:
-    return _with_value(tensor, take(numpy_helper.to_array(tensor), slices, name), name)
+    if external.is_outside(tensor):
+        return external.sliced(tensor, slices, name)
+    return _with_value(tensor, take(external.array(tensor), slices, name), name)
 
 
 def _with_value(tensor: onnx.TensorProto, value: np.ndarray, name: str) -> onnx.TensorProto:
@@ -162,6 +150,8 @@ def _with_value(tensor: onnx.TensorProto, value: np.ndarray, name: str) -> onnx.
         raise ModelError(f"{name}: data type {tensor.data_type} cannot be sliced")
     if tensor.doc_string:
         changed.doc_string = tensor.doc_string
+    if external.belongs_outside(tensor):
+        changed.data_location = tensor.data_location
     changed.metadata_props.extend(tensor.metadata_props)
     return changed
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError
 from onnxprune.labels import length
 from onnxprune.model import Model, Node
-from onnxprune.passes.apply import take
 from onnxprune.passes.closeness import ROUNDED, Closeness, closeness
 from onnxprune.passes.couple import Replayed, components, walk
 from onnxprune.passes.segments import (
@@ -37,6 +36,7 @@ from onnxprune.passes.segments import (
 )
 from onnxprune.plan import Plan, expected_slices, owner
 from onnxprune.runtime import Session
+from onnxprune.slices import take
 
 Progress = Callable[[int, int], None]
 
@@ -347,7 +347,7 @@ class _Comparison:
         model, constants = plain_graph(
             self.original, coupling.model, nodes, segment.compared, segment.entries, self.sliced
         )
-        model = _with_constants(model, masks)
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in masks.items())
         session = Session(model, self.provider, optimize=False, threads=segment.threads)
 
         def run(entries):
@@ -404,9 +404,3 @@ def _first_wrong(found: dict[str, Closeness]) -> str | None:
 def _run(session: Session, feeds, outputs) -> dict[str, np.ndarray]:
     needed = {name: feeds[name.removesuffix(FED)] for name in session.inputs}
     return dict(zip(outputs, session.run(needed, session.outputs), strict=True))
-
-
-def _with_constants(model: bytes, constants: dict[str, np.ndarray]) -> bytes:
-    proto = onnx.ModelProto.FromString(model)
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
-    return proto.SerializeToString()

@@ -123,8 +123,8 @@ def plain_graph(
     outputs: Sequence[str],
     entries: Sequence[str],
     sliced: Collection[str],
-) -> tuple[bytes, dict[str, np.ndarray]]:
-    """Serialise nodes as a model, with its constants as inputs; return the constants beside it.
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Make a model of nodes, with its constants as inputs; return the constants beside it.
 
     Tensors of types that numpy cannot pass to onnxruntime (four bits, float8) enter and leave as float32, through a Cast.
 
@@ -167,7 +167,7 @@ def plain_graph(
     graph = helper.make_graph(nodes, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in results], baked)
     proto = helper.make_model(graph, opset_imports=original.opset_import, ir_version=max(original.ir_version, 8))
     proto.functions.extend(original.functions)
-    return proto.SerializeToString(), constants
+    return proto, constants
 
 
 def crossing(value: np.ndarray, kind: int) -> np.ndarray:

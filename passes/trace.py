@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnxprune import external
 from onnxprune.protos import captures, constant_tensor, is_float
 from onnxprune.runtime import Session, in_float32
 
@@ -211,13 +212,13 @@ class Trace:
         ]
         graph = helper.make_graph(
             [*first, *needed], "piece", inputs, [onnx.ValueInfoProto(name=name) for name in outputs],
-            list(constants.values()),
+            [external.held(tensor) for tensor in constants.values()],
         )  # fmt: skip
         model = helper.make_model(
             graph, opset_imports=self._model.opset_import, ir_version=max(self._model.ir_version, 8)
         )
         model.functions.extend(self._model.functions)
-        return Session(model.SerializeToString(), self._provider, keep=False), list(entries), outputs
+        return Session(model, self._provider, keep=False), list(entries), outputs
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnxprune import external
 from onnxprune.coupling import Coupling
 from onnxprune.ops.quantised import quantised
 from onnxprune.passes.calibrate import Consumer, Feeds, n_samples
@@ -136,7 +137,7 @@ class _Probe:
             if name not in listed and (name in members or name in self.biases.values()):
                 graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
         proto.ir_version = max(proto.ir_version, 4)
-        self.session = Session(proto.SerializeToString(), provider)
+        self.session = Session(proto, provider)
 
     def run(self, feed: Mapping[str, np.ndarray], changes: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Outputs that hold floats."""
@@ -150,7 +151,7 @@ class _Probe:
             self._set(found, consumer.weight, consumer.view.restore(consumer.unfold(weights[:, :-1])))
             bias = self.biases.get(key)
             if bias is not None and consumer.fold.shape[1] == 1:
-                old = numpy_helper.to_array(self.values[bias]).astype(np.float64)
+                old = external.array(self.values[bias]).astype(np.float64)
                 self._set(found, bias, old + weights[:, -1].reshape(old.shape) / consumer.view.bias_scale)
         if not ranking.weights:
             gone = np.zeros(self.coupling.n_classes, bool)
@@ -159,7 +160,7 @@ class _Probe:
                 zero = self._zero(member.tensor)
                 if not member.ends and gone[member.classes].any() and member.tensor in self.values and zero is not None:
                     value = found.get(member.tensor)
-                    value = numpy_helper.to_array(self.values[member.tensor]) if value is None else value
+                    value = external.array(self.values[member.tensor]) if value is None else value
                     self._set(found, member.tensor, _zeroed(value, member.axis, gone[member.classes], zero))
         return found
 

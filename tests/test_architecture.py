@@ -17,7 +17,7 @@ LAYERS = (
     {"labels"},
     {
         "runtime", "ops", "cost", "latency", "memory", "plan", "coupling", "metrics", "profile", "protos", "amend",
-        "sibling", "trainable",
+        "external", "sibling", "slices", "storage", "trainable",
     },
     {
         "onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers",

@@ -24,8 +24,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "fixtures"))
 
+from big_model import build
+
 import architectures
-from onnxprune import pipeline
+from onnxprune import onnx_io, pipeline
 from onnxprune.options import Clock, Options
 from onnxprune.passes.score import score
 from onnxprune.passes.select import PRESETS, Limits, lowest, select
@@ -170,6 +172,14 @@ def main() -> None:
         linear[n_nodes] = (best(synthetic(n_nodes), 3) or {})["couple"] / n_nodes * 1e6
         held &= line(f"coupling, synthetic graph of {n_nodes} nodes", linear[n_nodes], 100, "us/node")
     figures["linear"] = linear
+    deep = {"residual chain": (best(synthetic(10_000, 8), 3) or {})["couple"]}
+    with tempfile.TemporaryDirectory() as name:
+        path = pathlib.Path(name) / "deep.onnx"
+        build(path, 0.0106, hidden=32, vocabulary=100, head=8)
+        deep["transformer"] = (best(onnx_io.load(path), 3) or {})["couple"]
+    for kind, seconds in deep.items():
+        held &= line(f"coupling, {kind} of 10,000 nodes", seconds, 5, "s")
+    figures["deep"] = deep
     if chosen.zoo:
         times = {}
         for file in sorted(chosen.zoo.glob("*.onnx")):

@@ -174,7 +174,7 @@ def _judge(
     module = OnnxModule(source, artifact.trainable)
 
     def measure(weights: Mapping[str, Tensor]) -> float:
-        session = runtime.Session(module.to_onnx(weights).SerializeToString(), provider)
+        session = runtime.Session(module.to_onnx(weights), provider)
         return validate.evaluate(session, samples, chosen, reference=reference, view=reading).value
 
     return Judge(measure, chosen.higher_is_better)
@@ -198,7 +198,7 @@ def _prove(
         module.load_state_dict({name: value.cpu() for name, value in weights.items()})
         results = module(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in module.inputs))
     mine = results if isinstance(results, tuple) else (results,)
-    session = runtime.Session(trained.SerializeToString())
+    session = runtime.Session(trained)
     for name, computed, have in zip(module.outputs, session.run(inputs), mine, strict=True):
         want = np.asarray(computed)
         if want.dtype != np.float32:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from onnxprune import external
 from onnxprune.errors import ModelError
 from onnxprune.protos import bodies, constant_tensor, reads
 from onnxprune.train.kernels import Call, Entry, find
@@ -177,7 +178,7 @@ def translate(node: onnx.NodeProto, opsets: Mapping[str, int], known: Collection
 
 def tensor_value(tensor: onnx.TensorProto) -> torch.Tensor:
     """Value of a constant; half precision is widened to float32."""
-    array = numpy_helper.to_array(tensor)
+    array = external.array(tensor)
     if array.dtype.name in _NARROW or array.dtype.name.startswith("float8"):
         array = array.astype(np.float32)
     try:

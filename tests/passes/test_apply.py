@@ -14,7 +14,7 @@ import architectures
 import onnxprune
 import oracle
 from architectures import variants
-from onnxprune.passes.apply import take
+from onnxprune.slices import take
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 NAMES = ("edsr_reshape", "sid", "resnet_a", "resnext", "mobilenet_v2", "c2f_detector", "dynamic_reshape_constant")

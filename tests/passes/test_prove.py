@@ -27,7 +27,8 @@ from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof
 from onnxprune.passes.score import score
 from onnxprune.passes.select import PRESETS, Limits, select
-from onnxprune.plan import Plan, Slices, make_plan
+from onnxprune.plan import Plan, make_plan
+from onnxprune.slices import Slices
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 BUILDERS: dict[str, Callable[[], ModelProto]] = {
