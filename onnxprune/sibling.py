@@ -40,7 +40,7 @@ def replayed(coupling: Coupling, plan: Plan) -> tuple[np.ndarray, Plan, tuple[st
     if not missing:
         return keep_of(coupling, plan), plan, ()
     names = dict(_found(coupling, plan))
-    if not names.keys() & set(missing):
+    if all(full == name or full.startswith(f"{name}@") for full, name in names.items()):
         return keep_of(coupling, plan), plan, ()  # raises: nothing of it is here under another name
     renamed: dict[str, Slices] = {}
     for full, name in names.items():

@@ -198,16 +198,16 @@ def blocked(dtype: type = np.int8, axis: int = 1, size: int = 3, *, zero: bool =
     return sandwich(middle, 6, 8, opset=21)
 
 
-def blocked_activation() -> ModelProto:
-    """Quantise what a convolution returns by blocks of two channels."""
+def blocked_activation(size: int = 2) -> ModelProto:
+    """Quantise what a convolution returns by blocks of channels."""
 
     def middle(t: Tiny, y: str) -> str:
         operands = [
-            t.constant((0.02 * (1 + t.rng.random((1, 3, 4, 6)))).astype(np.float32), "q.s"),
-            t.constant(t.rng.integers(90, 140, (1, 3, 4, 6)).astype(np.uint8), "q.z"),
+            t.constant((0.02 * (1 + t.rng.random((1, 6 // size, 4, 6)))).astype(np.float32), "q.s"),
+            t.constant(t.rng.integers(90, 140, (1, 6 // size, 4, 6)).astype(np.uint8), "q.z"),
         ]
-        q = t.node("QuantizeLinear", y, *operands, name="q", axis=1, block_size=2)
-        return t.node("DequantizeLinear", q, *operands, name="d", axis=1, block_size=2)
+        q = t.node("QuantizeLinear", y, *operands, name="q", axis=1, block_size=size)
+        return t.node("DequantizeLinear", q, *operands, name="d", axis=1, block_size=size)
 
     return sandwich(middle, opset=21)
 
@@ -354,6 +354,8 @@ CASES = [
     Case("QuantizeLinear", "activation-blocks", blocked_activation,
          {key: [0, 0, 1, 1, 2, 2] for key in ("a.w/0", "a.b/0", "z.w/1")}
          | dict.fromkeys(("q.s/1", "q.z/1"), range(3)), (3,)),
+    Case("QuantizeLinear", "one-block", partial(blocked_activation, 6),
+         frozen={"a.w/0": ("q", "QuantizeLinear", "a quantisation block goes as a whole")}),
     Case("QuantizeLinear", "activation", quantised_activation, IN | {"z.w/1": range(6)}, (6,)),
     *(
         Case("QuantizeLinear", f"activation-axis{axis}", partial(quantised_activation, 6, axis),
