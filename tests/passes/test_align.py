@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import pairwise, product
 from math import prod
@@ -19,6 +19,7 @@ from graphs import Tiny
 from onnxprune import onnx_io
 from onnxprune import profile as profiles
 from onnxprune.cost import Cost
+from onnxprune.coupling import Coupling
 from onnxprune.passes.align import permitted, violations
 from onnxprune.passes.couple import couple
 from onnxprune.passes.score import Scores, score
@@ -111,12 +112,31 @@ def test_every_operator_obeys_the_profile(name: str, hardware: str) -> None:
     keep = select(coupling, cost, score(coupling), budget, PRESETS["d"], limits).keep
     assert not keep.all()
     assert violations(coupling, own, keep) == []
+    assert restorable(coupling, cost, keep, counts, budget) == []
     result = onnxprune.prune(given, target_mac=share, profile=hardware) if own.name in profiles.names() else None
     if result is not None:
         assert disobedient(given, result.model, own) == []
         assert result.report.proof is not None
         assert result.report.proof.ok
         assert {t.kind: t.achieved <= share for t in result.report.targets} == {"mac": True, "effective_mac": True}
+
+
+def restorable(
+    coupling: Coupling, cost: Cost, keep: np.ndarray, counts: Mapping[str, np.ndarray], budget: Mapping[str, float]
+) -> list[str]:
+    """Bundles of which the next block would still fit within the budget, tried one by one."""
+    found = []
+    for bundle in coupling.bundles:
+        gone = [cell[~keep[cell]].reshape(-1, share) for cell, share in zip(bundle.cells, bundle.shares, strict=True)]
+        removed = np.concatenate(gone, 1)
+        fewer = [n for n in np.flatnonzero(counts[bundle.groups[0].id]).tolist() if n < len(removed)]
+        if not fewer:
+            continue
+        more = keep.copy()
+        more[removed[: len(removed) - fewer[-1]]] = True
+        if all(cost.total(kind, cost.counts(more)) <= limit for kind, limit in budget.items()):
+            found.append(bundle.groups[0].id)
+    return found
 
 
 def recounted(given: ModelProto, hardware: Profile) -> int:
