@@ -42,11 +42,12 @@ class Budget:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Every kind that is limited."""
-        return (*self.targets, *(["effective_mac"] if "mac" in self.targets and "effective_mac" in self.before else []))
+        rounded = "mac" in self.targets and "effective_mac" in self.before and "effective_mac" not in self.targets
+        return (*self.targets, *(["effective_mac"] if rounded else []))
 
     def limit(self, kind: str) -> float:
         """Largest cost that meets a target."""
-        if kind == "effective_mac":
+        if kind == "effective_mac" and kind not in self.targets:
             return self.limit("mac") / self.whole("mac") * self.whole(kind)
         value = self.targets[kind]
         if value <= 1:
@@ -71,7 +72,7 @@ class Budget:
         """How far every target was reached, the binding one first; effective MAC, which nobody asked for by name, last."""
         rows = []
         for kind in self.kinds:
-            share = self.targets["mac" if kind == "effective_mac" else kind] <= 1
+            share = self.targets[kind if kind in self.targets else "mac"] <= 1
             unit = self.whole(kind) if share else 1.0
             requested, achieved, least = (
                 value / unit for value in (self.limit(kind), self._of(kind, after), self._of(kind, floor))
@@ -91,7 +92,7 @@ class Budget:
             f"target out of reach: {100 * self.limit(kind) / whole:.4g} % of the original's {name} requested, but "
             f"{100 * least / whole:.4g} % remains with everything removed that may be; most MAC then in "
             f'{", ".join(error.culprits) or "no layer"}. See "onnxprune inspect" for what is frozen and why; another '
-            "--preset or fewer limits may help"
+            "--preset or --profile, or fewer limits may help"
         )
         return BudgetError(message, least, error.culprits)
 

@@ -322,7 +322,7 @@ def prune(model: str, out: str, **given: Any) -> None:
         del result
         if given["plan_out"]:
             onnx_io.write(given["plan_out"], json.dumps(plan.to_json(), indent=1).encode())
-        if given["latency"] and done.latency_ms is None:
+        if given["latency"] and done.latency_ms is None and not given["latency_table"]:
             done = quality.with_latency(done, options.provider)
         _finish(console, done, given, text.summary)
         if failed:

@@ -24,7 +24,7 @@ MICROSECONDS = 1e3
 
 
 def parse(text: str | float) -> float:
-    """Read a latency target: a share (at most 1) as it is, ``12ms``, ``800us`` or ``1.5s`` as microseconds.
+    """Read a latency target: a share (at most 1) as it is; ``12ms``, ``800us``, ``1.5s``, or 12 (ms), as microseconds.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def parse(text: str | float) -> float:
     unit = (found[2] or "").lower() if found else ""
     if not unit and 0 < value <= 1:
         return value
-    value *= {"us": 1.0, "ms": MICROSECONDS, "s": MICROSECONDS**2}.get(unit, 0.0)
+    value *= {"us": 1.0, "ms": MICROSECONDS, "s": MICROSECONDS**2, "": MICROSECONDS}[unit]
     if not 1 < value < float("inf"):
         raise UsageError(f"target latency {text}: give a share like 0.7, or a time like 12ms, 800us, 1.5s")
     return value
@@ -74,8 +74,14 @@ class Table:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Sequence]) -> Table:
-        """Read what :meth:`to_json` returned."""
-        return cls(tuple(data["inputs"]), tuple(data["outputs"]), np.array(data["ms"], np.float64))
+        """Read what :meth:`to_json` returned; :class:`ValueError` where it is something else."""
+        inputs, outputs, ms = tuple(data["inputs"]), tuple(data["outputs"]), np.array(data["ms"], np.float64)
+        counts = [
+            all(isinstance(n, int) for n in side) and list(side) == sorted(set(side)) for side in (inputs, outputs)
+        ]
+        if not all(counts) or ms.shape != (len(inputs), len(outputs)) or not ms.size or not (ms >= 0).all():
+            raise ValueError("no table of latencies")
+        return cls(inputs, outputs, ms)
 
 
 def _between(places: Sequence[int], values: Sequence[float] | np.ndarray, place: float) -> float:
@@ -169,8 +175,12 @@ def read_tables(path: str | os.PathLike, cost: Cost) -> tuple[list[Table | None]
     names = {name: place for place, work in enumerate(cost.works) for name in (work.node.key, work.node.title)}
     points: dict[int, dict[tuple[int, int], float]] = {}
     for name, inputs, outputs, ms in rows:
-        if name in names:
-            points.setdefault(names[name], {})[inputs, outputs] = ms
+        if name not in names:
+            continue
+        own = points.setdefault(names[name], {})
+        if (inputs, outputs) in own:
+            raise UsageError(f"{path}: {name} has two rows for {inputs} inputs and {outputs} outputs")
+        own[inputs, outputs] = ms
     if not points:
         first = cost.works[0].node.title if cost.works else "none"
         raise UsageError(f"{path}: names no layer of the model; its layers are {first} ..., see onnxprune inspect")
@@ -178,21 +188,25 @@ def read_tables(path: str | os.PathLike, cost: Cost) -> tuple[list[Table | None]
     for place, work in enumerate(cost.works):
         known = points.get(place)
         tables.append(None if known is None else _grid(known, f"{path}: {work.node.title}"))
-        channels = work.channels
-        if known is not None and len(known) > 1 and channels is not None:
-            sizes = (length(channels.inputs), length(channels.outputs))
-            table = tables[-1]
-            if table is not None and (table.inputs[-1], table.outputs[-1]) != sizes:
-                raise UsageError(
-                    f"{path}: {work.node.title} has {sizes[0]} input and {sizes[1]} output channels; the table ends at "
-                    f"{table.inputs[-1]} and {table.outputs[-1]}"
-                )
+        table, channels = tables[-1], work.channels
+        if table is None:
+            continue
+        if channels is None and table.ms.size > 1:
+            raise UsageError(
+                f"{path}: {work.node.title} ({work.node.op}) takes one row, since its channels are not known"
+            )
+        sizes = None if channels is None else (length(channels.inputs), length(channels.outputs))
+        if sizes is not None and (table.inputs[-1], table.outputs[-1]) != sizes:
+            raise UsageError(
+                f"{path}: {work.node.title} has {sizes[0]} input and {sizes[1]} output channels; the table ends at "
+                f"{table.inputs[-1]} and {table.outputs[-1]}"
+            )
     return tables, [work.node.title for place, work in enumerate(cost.works) if place not in points]
 
 
 def _rows(path: str | os.PathLike) -> list[tuple[str, int, int, float]]:
     try:
-        with pathlib.Path(path).open(newline="", encoding="utf-8") as file:
+        with pathlib.Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise UsageError(f"{path}: the first line must be {','.join(COLUMNS)}")

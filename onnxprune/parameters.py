@@ -37,9 +37,7 @@ class Time(click.ParamType):
     name = "share|time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse ``0.7`` or ``12ms``; a number above 1 is one that was parsed already."""
-        if isinstance(value, float) and value > 1:
-            return value
+        """Parse ``0.7`` or ``12ms``."""
         try:
             return latency.parse(value)
         except UsageError as error:

@@ -10,7 +10,6 @@ import pathlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from onnxprune.errors import FileError, UsageError
@@ -25,6 +24,9 @@ PARENTS = {
 
 FirstConv reads an input of the graph; a GroupedConv's numbers hold for the channels of each group; MatMul covers Gemm.
 """
+
+MOST = 1 << 20
+"""More channels than any layer has."""
 
 Sides = tuple[int, int]
 """A number for input channels and one for output channels."""
@@ -97,7 +99,6 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-@cache
 def load(name: str) -> Profile:
     """Read a profile, by its name or from a TOML file.
 
@@ -169,7 +170,7 @@ def _counts(items: Any, where: str) -> frozenset[int]:
     counts: set[int] = set()
     for item in items if isinstance(items, list) else [items]:
         low, dash, high = str(item).partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()):
+        if not low.isdecimal() or (dash and not high.isdecimal()) or not int(low) <= int(high or low) < MOST:
             raise UsageError(f"{where}: {item!r} is neither a count nor a range like '33-47'")
         counts.update(range(int(low), int(high or low) + 1))
     return frozenset(counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import platform
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,19 +27,19 @@ from onnxprune.protos import INTEGERS, bodies, is_float
 onnxruntime.set_default_logger_severity(4)
 
 
-def _flags() -> frozenset[str]:
-    """What this machine's processor can do, as Linux tells it; nothing elsewhere."""
+def processor() -> str:
+    """Model of this machine's processor and what it can do, as Linux tells it; elsewhere what Python knows."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return frozenset()
-    return frozenset(word for line in lines if line.startswith("flags") for word in line.split())
+        return platform.platform()
+    return " ".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
 
 
 VERSION: str = onnxruntime.__version__
 """Of onnxruntime, whichever of its packages is installed."""
 
-BLOCK: int = 16 if "avx512f" in _flags() else 8
+BLOCK: int = 16 if "avx512f" in processor().split() else 8
 """Channels in a block of onnxruntime's layout for convolutions on this machine (MlasNchwcGetBlockSize)."""
 
 _DTYPES = {
@@ -399,22 +400,6 @@ def measure(
         for name, value in zip(names, values, strict=True)
         if hasattr(value, "shape")
     }
-
-
-def compare_latency(
-    models: Sequence[str], shapes: Mapping[str, Sequence[int]], provider: str | None = None, seconds: float = 1.0
-) -> tuple[float, ...]:
-    """Median milliseconds of each model file on random input, measured in turn (A, B, A, B, ..) after a warm-up."""
-    sessions = [Session(model, provider) for model in models]
-    feeds = [random_feeds(session.inputs, shapes) for session in sessions]
-    times: list[list[float]] = [[] for _ in models]
-    end = time.perf_counter() + seconds * len(models)
-    while not times[-1] or len(times[-1]) < 4 or (time.perf_counter() < end and len(times[-1]) < 200):
-        for taken, session, feed in zip(times, sessions, feeds, strict=True):
-            begin = time.perf_counter()
-            session.run(feed)
-            taken.append(1000 * (time.perf_counter() - begin))
-    return tuple(float(np.median(taken[1:])) for taken in times)
 
 
 class Arithmetic:

@@ -30,13 +30,24 @@ SHARES = (0.25, 0.5, 1.0)
 ROUNDS = 7
 
 SECONDS = 20.0
-LEAST = 9
+LEAST = 7
 PRECISION = 0.004
 """A race ends when the standard error of the ratio is that small, or after so many seconds, but not before LEAST pairs."""
 
 ATTEMPTS = 8
+"""Candidates that are measured."""
+
+SELECTIONS = 32
+"""Predictions that are tried; several may lead to the same candidate."""
+
 CLOSE = 0.015
 """A share of latency this far below what was asked for is close enough."""
+
+AGAIN = 0.03
+"""A share of latency further below than this deserves a note."""
+
+NARROW = 1e-3
+"""Predictions this close to each other lead to the same candidates."""
 
 Progress = Callable[[int, int], None]
 
@@ -44,8 +55,10 @@ Progress = Callable[[int, int], None]
 def cache_folder() -> pathlib.Path:
     """Where tables are kept: ``ONNXPRUNE_CACHE``, else ``onnxprune`` in the user's cache folder."""
     given = os.environ.get("ONNXPRUNE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(given) if given else pathlib.Path(base) / "onnxprune"
+    if given:
+        return pathlib.Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
+    return pathlib.Path(base) / "onnxprune"
 
 
 def measure_tables(
@@ -201,6 +214,8 @@ def _measured(layer: _Layer, provider: str) -> Table | None:
     ms = np.full((len(layer.inputs), len(layer.outputs)), float(np.median(beside)))
     for number, place in enumerate(places):
         ms[place] *= np.median(found[number][1:]) / max(float(np.median(beside[number])), 1e-9)
+    for axis in (0, 1):  # noise apart, whole blocks fewer never take longer
+        ms = np.maximum.accumulate(ms, axis)
     return Table(layer.inputs, layer.outputs, ms)
 
 
@@ -208,45 +223,41 @@ class _Cache:
     """Tables of one model, provider, number of threads and machine, by a layer's key; a file that others may share."""
 
     def __init__(self, model: str, provider: str) -> None:
-        machine = f"{platform.processor() or platform.machine()} {_cpu()} {os.cpu_count()} {runtime.VERSION}"
+        machine = (
+            f"{platform.processor() or platform.machine()} {runtime.processor()} {os.cpu_count()} {runtime.VERSION}"
+        )
         name = hashlib.sha256(
             f"{model} {runtime.provider_for(provider)} {runtime.thread_limit()} {machine}".encode()
         ).hexdigest()[:32]
-        self.path = cache_folder() / "latency" / f"{name}.json"
         self.fresh = False
+        self.path: pathlib.Path | None = None
         try:
+            self.path = cache_folder() / "latency" / f"{name}.json"
             data = json.loads(self.path.read_text(encoding="utf-8"))
-            self.tables: dict[str, Table | None] = {
-                key: None if value is None else Table.from_json(value) for key, value in data.items()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self.tables = {}  # absent, or written by something else: measured again
+            self.tables = {key: Table.from_json(value) for key, value in data.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+            self.tables = {}  # absent, written by something else, or no home: measured again
 
     def get(self, key: str, measure: Callable[[], Table | None]) -> Table | None:
         """A table that is known, else measured."""
-        if key not in self.tables:
-            self.tables[key] = measure()
+        if key in self.tables:
+            return self.tables[key]
+        found = measure()
+        if found is not None:
+            self.tables[key] = found
             self.fresh = True
-        return self.tables[key]
+        return found
 
     def save(self) -> None:
         """Write what is new; where nothing can be written it is measured again next time."""
-        if not self.fresh:
+        if not self.fresh or self.path is None:
             return
-        content = {key: table and table.to_json() for key, table in self.tables.items()}
+        content = {key: table.to_json() for key, table in self.tables.items()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             onnx_io.write(self.path, json.dumps(content).encode())
         except (OSError, FileError):
             return
-
-
-def _cpu() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.platform()
-    return "".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
 
 
 class Race:
@@ -260,7 +271,9 @@ class Race:
         Input shapes.
     """
 
-    def __init__(self, original: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], provider: str = "") -> None:
+    def __init__(
+        self, original: onnx.ModelProto | str, shapes: Mapping[str, Sequence[int]], provider: str = ""
+    ) -> None:
         self.shapes, self.provider = shapes, provider
         self.session = runtime.Session(original, provider, spin=False)
         self.feeds = runtime.random_feeds(self.session.inputs, shapes)
@@ -269,17 +282,18 @@ class Race:
         """Median milliseconds of the original."""
         return 1e3 * float(np.median([self.session.seconds(self.feeds) for _ in range(LEAST)][1:]))
 
-    def run(self, candidate: onnx.ModelProto, seconds: float = SECONDS) -> Result:
+    def run(self, candidate: onnx.ModelProto | str, seconds: float = SECONDS, least: int = LEAST) -> Result:
         """Run original and candidate in turn until the ratio is known well enough, or for ``seconds``."""
         session = runtime.Session(candidate, self.provider, spin=False)
         pairs: list[tuple[float, float]] = []
         begin = time.perf_counter()
-        while len(pairs) < LEAST or time.perf_counter() - begin < seconds:
+        while len(pairs) < least or time.perf_counter() - begin < seconds:
             pairs.append((self.session.seconds(self.feeds), session.seconds(self.feeds)))
-            if len(pairs) >= LEAST and len(pairs) % 8 == 0 and _spread(pairs[1:]) < PRECISION:
+            if len(pairs) >= least and len(pairs) % 8 == 0 and _spread(pairs[1:]) < PRECISION:
                 break
         before, after = np.array(pairs[1:]).T * 1e3
-        return Result(float(np.median(before)), float(np.median(after)), float(np.median(after / before)))
+        ratio = float(np.median(after / before))
+        return Result(float(np.median(before)), ratio * float(np.median(before)), ratio)
 
 
 def _spread(pairs: Sequence[tuple[float, float]]) -> float:
@@ -291,7 +305,7 @@ def _spread(pairs: Sequence[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True)
 class Result:
-    """Median milliseconds of both, and the median of the ratios of pairs that ran one after another."""
+    """Median milliseconds of the original, the median ratio of pairs that ran one after another, and what that makes."""
 
     before: float
     after: float
@@ -306,49 +320,52 @@ def fit(
     Parameters
     ----------
     select
-        What to keep for a predicted share of the latency.
+        What to keep for a predicted share of the latency; the least that may be kept for one below all that is possible.
     race
         Measures it.
 
     Raises
     ------
     BudgetError
-        Nothing that was tried is as fast.
+        Nothing that was tried is as fast, the least that may be kept among it.
     """
     known: dict[bytes, Result] = {}
-    slow: tuple[float, float] | None = None  # predicted, measured
-    fast: tuple[float, float] | None = None
+    slow, fast = (1.0, 1.0), (0.0, 0.0)  # predicted and measured: the nearest on either side
     best: tuple[np.ndarray, Result] | None = None
-    predicted = aim = wanted - CLOSE / 2
-    for _ in range(ATTEMPTS):
+    aim = predicted = wanted - min(CLOSE, wanted) / 2
+    for _ in range(SELECTIONS):
         keep = select(predicted)
-        if keep.tobytes() not in known:
-            known[keep.tobytes()] = race(keep)
-            if wanted - CLOSE <= known[keep.tobytes()].ratio <= wanted:  # chance picks what measures well: once more
-                known[keep.tobytes()] = _mean(known[keep.tobytes()], race(keep))
-        found = known[keep.tobytes()]
+        fresh = keep.tobytes() not in known
+        if fresh and len(known) == ATTEMPTS - (best is None):
+            break
+        found = known.setdefault(keep.tobytes(), race(keep)) if fresh else known[keep.tobytes()]
+        if fresh and wanted - CLOSE <= found.ratio <= wanted:  # chance picks what measures well: once more
+            found = known[keep.tobytes()] = _mean(found, race(keep))
         if found.ratio <= wanted:
-            fast = (predicted, found.ratio) if fast is None or predicted > fast[0] else fast
+            fast = max(fast, (predicted, found.ratio))
             best = (keep, found) if best is None or found.ratio > best[1].ratio else best
-            if found.ratio >= wanted - CLOSE:
-                break
         else:
-            slow = (predicted, found.ratio) if slow is None or predicted < slow[0] else slow
-        if fast and slow:
-            if slow[0] - fast[0] < 1e-3:
-                break
-            share = (aim - fast[1]) / max(slow[1] - fast[1], 1e-9)
-            predicted = fast[0] + float(np.clip(share, 0.1, 0.9)) * (slow[0] - fast[0])
-        else:
-            predicted = min(predicted * aim / found.ratio, 1.0)
+            slow = min(slow, (predicted, found.ratio))
+        if wanted - CLOSE <= found.ratio <= wanted or slow[0] - fast[0] < NARROW:
+            break
+        share = (aim - fast[1]) / max(slow[1] - fast[1], 1e-9) if fresh else 0.5
+        predicted = fast[0] + float(np.clip(share, 0.1, 0.9)) * (slow[0] - fast[0])
     if best is None:
-        least = min(result.ratio for result in known.values())
-        raise BudgetError(
-            f"target out of reach: {100 * wanted:.4g} % of the original's latency requested, {100 * least:.4g} % measured "
-            "at best; another --profile or fewer limits may help",
-            least,
-        )
+        keep = select(0.0)
+        found = known.get(keep.tobytes()) or race(keep)
+        best = (keep, found)
+    if best[1].ratio > wanted:
+        least = min(result.ratio for result in (*known.values(), best[1]))
+        raise BudgetError(out_of_time(wanted, least), least)
     return best
+
+
+def out_of_time(wanted: float, least: float) -> str:
+    """Say what was asked for and what was measured."""
+    return (
+        f"target out of reach: {100 * wanted:.4g} % of the original's latency requested, {100 * least:.4g} % measured at "
+        "best; another --profile or fewer limits may help"
+    )
 
 
 def _mean(first: Result, second: Result) -> Result:

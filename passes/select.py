@@ -102,6 +102,10 @@ def select(
     all_removed = cost.counts(kept(len(owner)))
     floor = {kind: cost.total(kind, all_removed) for kind in budget}
     low, high = 0, len(owner)
+    if "latency" in budget:  # fewer channels may take longer: the first that fit are looked for, not the last
+        tried = np.unique(np.linspace(0, high, PREFIXES).round().astype(int)).tolist()
+        place = next((i for i, number in enumerate(tried) if fits(kept(number))), len(tried) - 1)
+        low, high = tried[max(place - 1, 0)], tried[place]
     if not fits(kept(high)):
         raise _out_of_reach(coupling, cost, kept(high), floor, budget)
     while low < high:
@@ -139,12 +143,18 @@ def prices(
     return found
 
 
-def lowest(coupling: Coupling, cost: Cost, preset: Preset, limits: Limits) -> dict[str, float]:
-    """Cost of every kind with everything removed that may be."""
+def least_kept(coupling: Coupling, preset: Preset, limits: Limits, order: np.ndarray | None = None) -> np.ndarray:
+    """What stays with everything removed that may be, lowest in ``order`` (per class) first; bool per class."""
+    order = np.zeros(coupling.n_classes) if order is None else order
     keep = np.ones(coupling.n_classes, bool)
     for bundle in coupling.bundles:
-        keep[bundle.units(np.zeros(coupling.n_classes))[: removals(bundle, preset, limits)[-1]]] = False
-    counts = cost.counts(keep)
+        keep[bundle.units(order)[: removals(bundle, preset, limits)[-1]]] = False
+    return keep
+
+
+def lowest(coupling: Coupling, cost: Cost, preset: Preset, limits: Limits) -> dict[str, float]:
+    """Cost of every kind with everything removed that may be."""
+    counts = cost.counts(least_kept(coupling, preset, limits))
     return {kind: cost.total(kind, counts) for kind in cost.kinds}
 
 
@@ -262,6 +272,9 @@ def _restore(
             full.add(int(owner[unit]))
     return keep
 
+
+PREFIXES = 512
+"""Numbers of blocks gone that are tried where the cost of fewer channels may be higher."""
 
 TRIED = 24
 """Blocks on either side of which two move at once, and exchanges that are tried at a time."""
