@@ -22,6 +22,7 @@ from onnxprune import onnx_io, runtime
 from onnxprune.cost import Cost
 from onnxprune.errors import FileError, ProofError, UsageError
 from onnxprune.manifest import FILE, KIND, SCHEMA, Artifact, artifact_of
+from onnxprune.memory import peak_memory
 from onnxprune.options import Clock, ModelLike, Options, Progress, silent
 from onnxprune.pipeline import Loaded, keep_under, load, options_from, read_plan, verify_loaded
 from onnxprune.plan import Plan, make_plan
@@ -127,7 +128,8 @@ def describe(teacher: Loaded, student: Loaded, plan: Plan) -> dict[str, Any]:
 
 
 def _total(cost: Cost) -> dict[str, int]:
-    return cost.of(np.ones(cost.coupling.n_classes, bool))
+    every = np.ones(cost.coupling.n_classes, bool)
+    return cost.of(every) | {"peak_memory": peak_memory(cost.coupling, every)}
 
 
 def _tensor_entry(tensor: onnx.TensorProto) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 pytest.importorskip("torch")
 
@@ -30,6 +31,16 @@ needs_zoo = pytest.mark.skipif(not ZOO.is_dir(), reason=f"the architectures are 
 
 TOLERANCES = {"v_resnet18_fp16": 1e-2, "v_resnet18_qdq": 3e-2}
 """Half precision is computed in float32; a sum in another order may fall on the other side of a quantiser's step."""
+
+
+def saturates() -> bool:
+    """Whether onnxruntime's sums of bytes saturate here, as they do on processors without VNNI."""
+    a, b = np.full((1, 4), 255, np.uint8), np.full((4, 1), 127, np.int8)
+    values = [helper.make_tensor_value_info(n, k, None) for n, k in (("a", 2), ("y", 6))]
+    node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
+    graph = helper.make_graph([node], "sum", values[:1], values[1:], [numpy_helper.from_array(b, "b")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return runtime.Session(model.SerializeToString()).run({"a": a})[0].item() != 4 * 255 * 127
 
 
 def shapes(session: runtime.Session, batch: int) -> dict[str, list[int]]:
@@ -113,6 +124,8 @@ def filled(name: str) -> onnx.ModelProto:
 @pytest.mark.parametrize("name", FEW)
 def test_few_real_architectures_agree(name: str) -> None:
     """Small exported networks of several kinds."""
+    if name == "v_hf_bert_int8dyn" and saturates():
+        pytest.skip("onnxruntime's sums of bytes saturate on this processor: PyTorch's are right")
     check(filled(name))
 
 

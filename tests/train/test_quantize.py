@@ -16,7 +16,7 @@ from onnxprune.train import OnnxModule
 
 X = normal(3, 4)
 BYTES = np.random.default_rng(3).integers(0, 255, (3, 4), np.uint8)
-SIGNED = np.random.default_rng(3).integers(-127, 127, (4, 5), np.int8)
+SIGNED = np.random.default_rng(3).integers(-63, 64, (4, 5), np.int8)  # without VNNI onnxruntime saturates beyond
 SCALE, ZERO = np.array(0.02, np.float32), np.array(100, np.uint8)
 BLOCKS = np.array([[0.02, 0.03]] * 3, np.float32)
 ROWS = np.array([0.02, 0.03, 0.01], np.float32)
