@@ -45,9 +45,10 @@ def _demands(coupling: Coupling, profile: Profile) -> Iterator[Demand]:
         if not kind or work.channels is None:
             continue
         multiples, least, never = profile.multiple(kind), profile.least(kind), profile.never(kind)
-        axes = [(0, work.channels.inputs), (1, work.channels.outputs)]
+        channels = work.channels
+        axes = [(0, channels.inputs), (1, channels.outputs)]
         if kind == "GroupedConv":  # of each group; multiples of that are multiples in all, too
-            axes.append((0, work.channels.summed))
+            axes += [(0, channels.summed), (1, channels.outputs if channels.made is None else channels.made)]
         for side, axis in axes:
             if multiples[side] > 1 or least[side] > 1 or never[side]:
                 yield Demand(work, side, axis, multiples[side], least[side], never[side])
