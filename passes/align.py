@@ -82,6 +82,15 @@ def permitted(coupling: Coupling, profile: Profile) -> Mapping[str, np.ndarray]:
     return found
 
 
+def locked(coupling: Coupling, permitted: Mapping[str, np.ndarray]) -> list[str]:
+    """Bundles, by the id of their first group, that could shrink but for the counts that ``permitted`` allows.
+
+    Among them are parts of a concatenation that could shrink together alone: 24 and 40 channels, in blocks of 16.
+    """
+    names = [bundle.groups[0].id for bundle in coupling.bundles if bundle.removable]
+    return [name for name in names if name in permitted and not permitted[name][1:].any()]
+
+
 def _lost(bundle: Bundle, classes: np.ndarray) -> int:
     """Indices of an axis (its classes) that go with one unit."""
     pairs = zip(bundle.cells, bundle.shares, strict=True)

@@ -20,7 +20,7 @@ from onnxprune import onnx_io
 from onnxprune import profile as profiles
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
-from onnxprune.passes.align import permitted, violations
+from onnxprune.passes.align import locked, permitted, violations
 from onnxprune.passes.couple import couple
 from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import PRESETS, Limits, lowest, select
@@ -294,6 +294,28 @@ def test_parts_of_a_concatenation_suit_its_reader() -> None:
         for bundle in coupling.bundles:
             fits = [n for n in range(1, bundle.removable + 1) if masks[bundle.groups[0].id][n]]
             assert bool(fits) == (sum(widths) % 8 == 0 and bundle.size % 8 == 0)
+
+
+SIXTEENS = Profile("sixteens", {"*": (16, 16)})
+
+
+@pytest.mark.parametrize(
+    ("widths", "shut"),
+    [
+        ((24, 40), {"p0", "p1"}),
+        ((32, 32, 3), {"p0", "p1", "p2"}),
+        ((32, 16), {"p1"}),
+        ((64, 32), set()),
+        ((24,), set()),
+    ],
+)
+def test_locked_bundles_are_those_without_a_count(widths: tuple[int, ...], shut: set[str]) -> None:
+    """Named are the bundles none of whose channels may go on their own; no other keeps all of them for want of a count."""
+    coupling = couple(onnx_io.read(concatenated(*widths)))
+    masks = permitted(coupling, SIXTEENS)
+    weights = {bundle.groups[0].id: {name for name, _ in bundle.groups[0].members} for bundle in coupling.bundles}
+    assert {p for p in ("p0", "p1", "p2") for name in locked(coupling, masks) if f"{p}.w" in weights[name]} == shut
+    assert locked(coupling, permitted(coupling, Profile("any"))) == []
 
 
 def test_heads_count_with_their_dimensions() -> None:
