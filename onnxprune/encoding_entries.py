@@ -30,12 +30,15 @@ class Tensor:
         What stays of an array of that shape.
     channels
         Axes of output and input channels, where an operator that reads the tensor says so.
+    groups
+        How many groups of outputs there are where the axis of output channels has those of one group (ConvTranspose).
     """
 
     name: str
     given: tuple[int, ...] | Callable[[], tuple[int, ...] | None]
     left: Callable[[np.ndarray], np.ndarray]
     channels: tuple[int, int] | None = None
+    groups: int = 1
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -105,12 +108,27 @@ def _is_single(entry: Any) -> bool:
 def _axis_of(tensor: Tensor, count: int) -> int:
     """The axis that so many encodings are of: that of output channels where its length fits, else the only one."""
     shape = tensor.shape
+    if tensor.groups > 1:
+        return _axis_in_groups(tensor, count)
     if tensor.channels and shape[tensor.channels[0]] == count:
         return tensor.channels[0]
     fitting = [axis for axis, size in enumerate(shape) if size == count]
     if len(fitting) != 1:
         raise tensor.error(f"there are {count} of them, and {'several axes are' if fitting else 'no axis is'} as long")
     return fitting[0]
+
+
+def _axis_in_groups(tensor: Tensor, count: int) -> int:
+    """The axis of the weight of a grouped transposed convolution, (inputs, outputs of a group, ...): never a guess."""
+    inputs, each = tensor.shape[:2]
+    if count == inputs == tensor.groups and each == 1:
+        return 0  # depthwise: an input is an output
+    meant = [axis for axis, size in enumerate((inputs, each, each * tensor.groups)) if size == count]
+    if len(meant) != 1 or meant[0] > 1:
+        raise tensor.error(
+            f"there are {count} of them for {tensor.groups} groups, and of which channels cannot be told"
+        )
+    return meant[0]
 
 
 def _flat(entry: Mapping[str, Any], tensor: Tensor) -> dict[str, Any]:
@@ -120,7 +138,7 @@ def _flat(entry: Mapping[str, Any], tensor: Tensor) -> dict[str, Any]:
     if kind == "PER_CHANNEL":
         kept = tensor.kept(_axis_of(tensor, count))
         return {**entry, **{key: _pick(vector, count, kept, tensor, key) for key, vector in vectors.items()}}
-    if kind not in ("PER_BLOCK", "LPBQ") or tensor.channels is None:
+    if kind not in ("PER_BLOCK", "LPBQ") or tensor.channels is None or tensor.groups > 1:
         raise tensor.error(f"enc_type {kind} of it is not understood")
     (out, into), size = tensor.channels, _block_size(entry, tensor)
     n_blocks = _n_blocks(tensor, into, size)
@@ -137,13 +155,15 @@ def _flat(entry: Mapping[str, Any], tensor: Tensor) -> dict[str, Any]:
 def _pick(vector: Sequence[Any], count: int, kept: Sequence[int], tensor: Tensor, key: str) -> list[Any]:
     if len(vector) != count:
         raise tensor.error(f"{key} has {len(vector)} entries, {count} were expected")
+    if any(isinstance(one, list) for one in vector):
+        raise tensor.error(f"{key} holds lists, numbers were expected")
     return [vector[index] for index in kept]
 
 
 def _nested(entry: Mapping[str, Any], tensor: Tensor) -> dict[str, Any]:
     """Version 2.0.0: a vector along ``axis``, or lists as deep as the tensor, which ``axis`` cuts into blocks."""
     rank, axis, blocked = len(tensor.shape), entry.get("axis"), "block_size" in entry
-    if not isinstance(axis, int) or not -rank <= axis < rank:
+    if not isinstance(axis, int) or isinstance(axis, bool) or not -rank <= axis < rank:
         raise tensor.error("they do not say of which axis they are")
     axis %= rank
     done = {}
@@ -156,7 +176,7 @@ def _nested(entry: Mapping[str, Any], tensor: Tensor) -> dict[str, Any]:
         if not blocked:
             done[key] = _pick(value, tensor.shape[axis], tensor.kept(axis), tensor, key)
             continue
-        lengths, kept = np.shape(value), value
+        lengths, kept = _lengths(value, key, tensor), value
         if len(lengths) != rank:
             raise tensor.error(f"{key} has {len(lengths)} axes, the tensor {rank}")
         size = _block_size(entry, tensor)
@@ -170,6 +190,16 @@ def _nested(entry: Mapping[str, Any], tensor: Tensor) -> dict[str, Any]:
     return {**entry, **done}
 
 
+def _lengths(nested: Any, key: str, tensor: Tensor) -> tuple[int, ...]:
+    """Shape of nested lists."""
+    if not isinstance(nested, list):
+        return ()
+    inner = {_lengths(one, key, tensor) for one in nested} or {()}
+    if len(inner) > 1:
+        raise tensor.error(f"the lists of {key} differ in length")
+    return (len(nested), *inner.pop())
+
+
 def _take(nested: list[Any], axis: int, indices: Sequence[int]) -> list[Any]:
     if axis:
         return [_take(inner, axis - 1, indices) for inner in nested]
@@ -178,7 +208,7 @@ def _take(nested: list[Any], axis: int, indices: Sequence[int]) -> list[Any]:
 
 def _block_size(entry: Mapping[str, Any], tensor: Tensor) -> int:
     size = entry.get("block_size")
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise tensor.error(f"block_size {size} is no length")
     return size
 

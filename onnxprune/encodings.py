@@ -77,8 +77,8 @@ def slice_encodings(
 
 
 def _read(given: Mapping[str, Any] | str | os.PathLike) -> tuple[str, Mapping[str, Any]]:
-    where = "the encodings" if isinstance(given, Mapping) else str(given)
-    if not isinstance(given, Mapping):
+    where = str(given) if isinstance(given, str | os.PathLike) else "the encodings"
+    if isinstance(given, str | os.PathLike):
         try:
             given = json.loads(pathlib.Path(given).read_text(encoding="utf-8"))
         except OSError as error:
@@ -133,11 +133,11 @@ class _Graph:
             if name in self._after:
                 yield Tensor(name, self._shape(name), partial(self._left, name))
             return
-        shape, channels = self._constants[name], self._channels.get(name)
+        shape, (channels, groups) = self._constants[name], self._channels.get(name, (None, 1))
         for full in (name, *(full for full in self._plan.initializers if self._is_copy(full, name))):
             if full in self._after:
                 left = partial(take, slices=self._plan.initializers.get(full, {}), name=full)
-                yield Tensor(full, shape, left, channels)
+                yield Tensor(full, shape, left, channels, groups)
 
     def _is_copy(self, full: str, name: str) -> bool:
         """Whether a name in the plan is that of a copy for one reader, which its first output names."""
@@ -168,8 +168,11 @@ def _names(graph: onnx.GraphProto) -> Iterator[str]:
 
 def _channel_axes(
     graph: onnx.GraphProto, constants: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Axes of output and input channels of weights: (0, 1) in a Conv, (1, 0) in a ConvTranspose, as it is in a product."""
+) -> Iterator[tuple[str, tuple[tuple[int, int], int]]]:
+    """Axes of output and input channels of weights, and in how many groups the former hold the outputs of one alone.
+
+    The axes are (0, 1) in a Conv, (1, 0) in a ConvTranspose, as it is in a product.
+    """
     for node in graph.node:
         for body in bodies(node):
             yield from _channel_axes(body, constants)
@@ -179,8 +182,9 @@ def _channel_axes(
                 continue
             rank = len(constants[name])
             if place == 1 and node.op_type in ("Conv", "ConvTranspose"):
-                yield name, (0, 1) if node.op_type == "Conv" else (1, 0)
+                groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+                yield name, ((0, 1), 1) if node.op_type == "Conv" else ((1, 0), groups)
             elif place == 1 and node.op_type == "Gemm":
-                yield name, (0, 1) if transposed else (1, 0)
+                yield name, ((0, 1) if transposed else (1, 0), 1)
             elif place < 2 and node.op_type == "MatMul" and rank > 1:
-                yield name, (rank - 1, rank - 2) if place else (rank - 2, rank - 1)
+                yield name, ((rank - 1, rank - 2) if place else (rank - 2, rank - 1), 1)

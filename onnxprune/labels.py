@@ -155,12 +155,15 @@ class Channels:
         Axes of all its input channels and of all its output channels.
     summed
         The part of ``inputs`` that one output channel sums over: fewer in a grouped convolution.
+    made
+        The part of ``outputs`` that one group of a grouped convolution makes; None: all of them.
     """
 
     kind: str
     inputs: Axis
     outputs: Axis
     summed: Axis
+    made: Axis | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

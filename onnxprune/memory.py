@@ -19,8 +19,9 @@ def peak_memory(coupling: Coupling, keep: np.ndarray) -> int:
     """Most bytes that computed tensors hold at once, nodes run in the file's order; ``keep`` is a bool per class.
 
     A tensor lives from the node that computes it until its last reader, graph inputs from the beginning and graph outputs
-    to the end; an operator needs its inputs and outputs at once. Weights do not count, nor what a runtime adds to speed an
-    operator up (im2col buffers), and nothing is computed in place.
+    to the end; an operator needs its inputs and outputs at once. Weights and what follows from them alone (dequantised
+    weights) do not count, nor what a runtime adds to speed an operator up (im2col buffers). Nothing is computed in place.
+    Both branches of an If count, one laid out after the other, although only one runs: the figure is then an upper bound.
     """
     lives = list(_lives(coupling))
     change = np.zeros(len(coupling.model.nodes) + 2, np.int64)
@@ -51,7 +52,7 @@ def _lives(coupling: Coupling) -> Iterator[tuple[str, int, int]]:
         for name in filter(None, node.outputs):
             if source in begin:
                 memory[name] = source
-            elif name in model.shapes and name not in model.constants:
+            elif name in model.shapes and name not in model.constants and name not in coupling.ledger.derived:
                 begin[name] = end[name] = place
     end.update((name, len(counted)) for name in (memory.get(o, o) for o in model.outputs) if name in begin)
     for name, place in begin.items():

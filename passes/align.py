@@ -45,9 +45,10 @@ def _demands(coupling: Coupling, profile: Profile) -> Iterator[Demand]:
         if not kind or work.channels is None:
             continue
         multiples, least, never = profile.multiple(kind), profile.least(kind), profile.never(kind)
-        axes = [(0, work.channels.inputs), (1, work.channels.outputs)]
+        channels = work.channels
+        axes = [(0, channels.inputs), (1, channels.outputs)]
         if kind == "GroupedConv":  # of each group; multiples of that are multiples in all, too
-            axes.append((0, work.channels.summed))
+            axes += [(0, channels.summed), (1, channels.outputs if channels.made is None else channels.made)]
         for side, axis in axes:
             if multiples[side] > 1 or least[side] > 1 or never[side]:
                 yield Demand(work, side, axis, multiples[side], least[side], never[side])
@@ -79,6 +80,15 @@ def permitted(coupling: Coupling, profile: Profile) -> Mapping[str, np.ndarray]:
                     fits = _fits(demand, share, (own - gone) * still, gone, exact=False) & (atom.size % share == 0)
                 mask &= fits | (gone == 0)
     return found
+
+
+def locked(coupling: Coupling, permitted: Mapping[str, np.ndarray]) -> list[str]:
+    """Bundles, by the id of their first group, that could shrink but for the counts that ``permitted`` allows.
+
+    Among them are parts of a concatenation that could shrink together alone: 24 and 40 channels, in blocks of 16.
+    """
+    names = [bundle.groups[0].id for bundle in coupling.bundles if bundle.removable]
+    return [name for name in names if name in permitted and not permitted[name][1:].any()]
 
 
 def _lost(bundle: Bundle, classes: np.ndarray) -> int:

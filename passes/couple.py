@@ -188,7 +188,8 @@ def walk(
         if node.key in model.static or node.key in model.aliases:
             continue
         ops.couple(node, ledger)
-        if all(not name or name in ledger.derived or model.constant(name) is not None for name in node.inputs):
+        read = (*node.inputs, *node.captured)
+        if all(not name or name in ledger.derived or model.constant(name) is not None for name in read):
             ledger.derived.update(node.outputs)
     _freeze_values(ledger)
     for name in model.outputs:

@@ -267,6 +267,14 @@ WRONG = [
     ({"axis": 0, "block_size": 4, "y_scale": [1.0] * 5}, "y_scale has 1 axes, the tensor 2"),
     ({"axis": 0, "block_size": 4, "y_scale": [[1.0] * 5] * 2}, "y_scale has 2 entries along axis 0, 3 were expected"),
     ({"axis": 1, "y_scale": {"x": [1], "x_scale": [1.0]}}, "itself quantized"),
+    ({"axis": 0, "block_size": 4, "y_scale": [[1.0] * 5, [1.0] * 5, [1.0] * 4]}, "lists of y_scale differ in length"),
+    ({"axis": 0, "block_size": 4, "y_scale": [[1.0] * 5, 1.0, [1.0] * 5]}, "lists of y_scale differ in length"),
+    ({"axis": 0, "block_size": 4, "y_scale": [[[1.0], [2.0, 3.0]]] * 3}, "lists of y_scale differ in length"),
+    ({"axis": 0, "block_size": 4, "y_scale": [[], [], []]}, "y_scale has 0 entries along axis 1, 5 were expected"),
+    ({"axis": True, "y_scale": [1.0] * 5}, "do not say of which axis"),
+    ({"axis": 0, "block_size": True, "y_scale": [[1.0] * 5] * 12}, "block_size True is no length"),
+    ({"axis": 0, "y_scale": [[1.0], [2.0, 3.0]] * 6}, "y_scale holds lists, numbers were expected"),
+    ({"enc_type": ["PER_CHANNEL"], "scale": [1.0] * 5}, "enc_type"),
 ]
 
 
@@ -291,6 +299,68 @@ def test_a_length_that_several_axes_have_is_refused() -> None:
     result = onnxprune.prune(model, target_mac=0.5)
     with pytest.raises(ModelError, match=r"encodings of w of shape \[8, 8\].*several axes are as long"):
         onnxprune.slice_encodings({"param_encodings": {"w": [{"scale": 1.0}] * 8}}, result.plan, model, result.model)
+
+
+def transposed(inputs: int, each: int, groups: int) -> onnx.ModelProto:
+    """A grouped transposed convolution between two plain ones; ``each`` outputs in every group."""
+    rng, node = np.random.default_rng(4), helper.make_node
+    arrays = {
+        "first": rng.standard_normal((inputs, 3, 1, 1)), "up": rng.standard_normal((inputs, each, 2, 2)),
+        "last": rng.standard_normal((5, each * groups, 1, 1)),
+    }  # fmt: skip
+    nodes = [
+        node("Conv", ["x", "first"], ["a"]), node("Relu", ["a"], ["b"]),
+        node("ConvTranspose", ["b", "up"], ["c"], group=groups, strides=[2, 2]), node("Relu", ["c"], ["d"]),
+        node("Conv", ["d", "last"], ["y"]),
+    ]  # fmt: skip
+    return model_of(nodes, arrays, [1, 3, 4, 4])
+
+
+@pytest.mark.parametrize("version", ["0.6.1", "1.0.0"])
+@pytest.mark.parametrize(
+    ("inputs", "each", "groups", "count"),
+    [
+        pytest.param(32, 8, 4, 32, id="inputs-or-outputs"),
+        pytest.param(16, 16, 4, 16, id="inputs-or-outputs-of-a-group"),
+        pytest.param(32, 6, 4, 24, id="outputs-of-all-groups"),
+        pytest.param(16, 1, 2, 2, id="as-many-as-the-kernel"),
+    ],
+)
+def test_channels_of_grouped_transposed_convolutions_are_not_guessed(
+    version: str, inputs: int, each: int, groups: int, count: int
+) -> None:
+    """Their weight has the outputs of one group on axis 1: as many scales as inputs may be of outputs; refused."""
+    model = transposed(inputs, each, groups)
+    result = onnxprune.prune(model, target_mac=0.5)
+    assert weights(result.model)["up"].shape != weights(model)["up"].shape
+    scales = [1.0] * count
+    entry: Any = {"enc_type": "PER_CHANNEL", "scale": scales} if version == "1.0.0" else [{"scale": s} for s in scales]
+    with pytest.raises(ModelError, match=r"encodings of up of shape .* cannot be told"):
+        onnxprune.slice_encodings({"param_encodings": {"up": entry}}, result.plan, model, result.model)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "each", "groups", "axis"),
+    [pytest.param(12, 1, 12, 0, id="depthwise"), pytest.param(24, 10, 2, 0, id="inputs"),
+     pytest.param(24, 10, 2, 1, id="outputs-of-a-group")],
+)  # fmt: skip
+def test_channels_of_grouped_transposed_convolutions_that_can_be_told(
+    inputs: int, each: int, groups: int, axis: int
+) -> None:
+    """Where only one axis can be meant, or channels pass one by one, entries go with that axis."""
+    model = transposed(inputs, each, groups)
+    result = onnxprune.prune(model, target_mac=0.5)
+    left = weights(result.model)["up"].shape[axis]
+    given = [{"scale": float(i)} for i in range((inputs, each)[axis])]
+    try:
+        sliced = onnxprune.slice_encodings({"param_encodings": {"up": given}}, result.plan, model, result.model)
+    except ModelError as error:
+        assert "its groups keep different channels" in str(error)
+        assert axis == 1
+        return
+    found = [int(one["scale"]) for one in sliced.encodings["param_encodings"]["up"]]
+    assert found == np.ravel(result.plan.initializers["up"].get(axis, np.arange(len(given)))).tolist()
+    assert len(found) == left
 
 
 # -- activations and copies ----------------------------------------------------------------------------------------------
@@ -411,6 +481,13 @@ def test_other_json_is_refused(content: Any, files: Path, network: onnx.ModelPro
     (files / "in.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match=r"in\.json"):
         onnxprune.slice_encodings(files / "in.json", Plan({}, ()), network, network)
+
+
+@pytest.mark.parametrize("given", [[1], 3, None, True, [{"name": "conv"}]])
+def test_what_is_neither_a_file_nor_its_content_is_refused(given: Any, network: onnx.ModelProto) -> None:
+    """A list or a number in place of a path or of what a file holds is a usage error, not one of Python's."""
+    with pytest.raises(UsageError, match="the encodings: are no quantization encodings"):
+        onnxprune.slice_encodings(given, Plan({}, ()), network, network)
 
 
 def test_a_missing_file_is_told(network: onnx.ModelProto) -> None:

@@ -58,9 +58,10 @@ def convolve(node: Node, ledger: Ledger, channel: int, operands: Operands = PLAI
     if groups == 1:
         inner = ledger.input(node, place, axes=(1,)).axes[1]
         ledger.unify(x.axes[channel], inner)
+        made = None
     else:
         rows_in, columns_in = ledger.grid(x.axes[channel], groups)
-        rows_out, columns_out = ledger.grid(out, groups)
+        rows_out, made = ledger.grid(out, groups)
         if ledger.decisions is not None and columns_in and is_fixed(rows_in) and not is_fixed(rows_out):
             ledger.freeze([rows_out], "another factor of the same axis shrinks instead")  # one output per group
             rows_out = fixed(groups)
@@ -68,12 +69,12 @@ def convolve(node: Node, ledger: Ledger, channel: int, operands: Operands = PLAI
         inner = ledger.per_row(node, place, 1, rows_out)
         ledger.unify(columns_in, inner)
         if not columns_in:  # depthwise: a channel's whole depth multiplier goes with it
-            ledger.freeze([columns_out], "the depth multiplier is one number for all channels")
+            ledger.freeze([made], "the depth multiplier is one number for all channels")
     if groups == 1 or kernel[1] > 1:
         operands.contract(node, ledger, channel, 1)
     out = _bias(node, ledger, out, operands.bias)
     factor = shape[0] * prod(shape[p] for p in pixels) * prod(kernel[2:])
-    channels = Channels("Conv", x.axes[channel], out, inner)
+    channels = Channels("Conv", x.axes[channel], out, inner, made)
     ledger.work(node, (out, inner), factor, weight=place, channels=channels)
     axes = [fixed(size) for size in shape]
     axes[0], axes[channel] = x.axes[0], out
@@ -99,7 +100,8 @@ def conv_transpose(node: Node, ledger: Ledger) -> None:
         ledger.contract(node, 1, 0)
     out = _bias(node, ledger, out)
     factor = source[0] * prod(source[2:]) * prod(kernel[2:])
-    ledger.work(node, (w.axes[0], each), factor, weight=1, channels=Channels("ConvTranspose", x.axes[1], out, columns))
+    channels = Channels("ConvTranspose", x.axes[1], out, columns, each if groups > 1 else None)
+    ledger.work(node, (w.axes[0], each), factor, weight=1, channels=channels)
     ledger.output(node, (x.axes[0], out, *map(fixed, shape[2:])))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from onnxprune import onnx_io
 from onnxprune import profile as profiles
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
-from onnxprune.passes.align import permitted, violations
+from onnxprune.passes.align import locked, permitted, violations
 from onnxprune.passes.couple import couple
 from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import PRESETS, Limits, lowest, select
@@ -30,7 +30,8 @@ EIGHTS = Profile("eights", {"*": (8, 8)}, array={"*": (8, 8)})
 FOURS = Profile("fours", {"*": (4, 4)}, array={"*": (4, 4)})
 MODELS = (
     "edsr", "sid", "resnet_a", "resnet_bottleneck", "resnext", "mobilenet_v2", "densenet", "c2f_detector", "layer_norm_mlp",
-    "squeeze_excite_conv", "unet_transposed", "fpn",
+    "squeeze_excite_conv", "unet_transposed", "fpn", "grouped_2", "grouped_3", "grouped_4", "grouped_up_2", "grouped_up_3",
+    "grouped_up_4",
 )  # fmt: skip
 
 
@@ -41,6 +42,7 @@ class Sizes(NamedTuple):
     inputs: int
     outputs: int
     per_group: int
+    groups: int = 1
 
 
 def walk(model: ModelProto) -> Iterator[tuple[str, Sizes]]:
@@ -56,9 +58,10 @@ def walk(model: ModelProto) -> Iterator[tuple[str, Sizes]]:
             first = shape[1] in fed
             kind = "Conv" if groups == 1 else "DepthwiseConv" if shape[1] == 1 else "GroupedConv"
             kind = "FirstConv" if first and kind == "Conv" else kind
-            yield node.output[0], Sizes(kind, shape[1] * groups, shape[0], shape[1])
+            yield node.output[0], Sizes(kind, shape[1] * groups, shape[0], shape[1], groups)
         elif node.op_type == "ConvTranspose":
-            yield node.output[0], Sizes("ConvTranspose", shape[0], shape[1] * groups, shape[0] // groups)
+            kind = "ConvTranspose" if groups == 1 else "DepthwiseConv" if shape[0] == groups else "GroupedConv"
+            yield node.output[0], Sizes(kind, shape[0], shape[1] * groups, shape[0] // groups, groups)
         elif node.op_type == "Gemm":
             shape = shape[::-1] if "transB" in attributes and attributes["transB"].i else shape
             yield node.output[0], Sizes("MatMul", *shape, shape[0])
@@ -74,12 +77,23 @@ def disobedient(before: ModelProto, after: ModelProto, hardware: Profile) -> lis
         sides = [("inputs", was.inputs, now.inputs, 0), ("outputs", was.outputs, now.outputs, 1)]
         if was.kind == "GroupedConv":
             sides.append(("inputs of a group", was.per_group, now.per_group, 0))
+            sides.append(("outputs of a group", was.outputs // was.groups, now.outputs // now.groups, 1))
         found += [
             f"{name}: {b} -> {a} {side}"
             for side, b, a, index in sides
             if a != b and (a % multiple[index] or a < least[index])
         ]
     return found
+
+
+def grouped(groups: int, *, transpose: bool = False) -> ModelProto:
+    """Two grouped convolutions, or transposed ones, in a row: 16 channels in every group, then 40."""
+    t, wide = Tiny(), 16 * groups
+    y = t.conv(t.input(1, 3, 6, 6), "a", 3, wide)
+    kernel = {"kernel": 2, "strides": [2, 2], "pads": [0] * 4} if transpose else {"kernel": 3}
+    y = t.node("Relu", t.conv(y, "g", wide, wide, group=groups, transpose=transpose, **kernel))
+    y = t.node("Relu", t.conv(y, "h", wide, 40 * groups, group=groups, transpose=transpose, **kernel))
+    return t.build(t.conv(y, "z", 40 * groups, 5))
 
 
 @cache
@@ -90,6 +104,8 @@ def model(name: str) -> ModelProto:
         "sid": lambda: architectures.sid(height=32, width=32),
         "resnet_bottleneck": lambda: architectures.resnet_bottleneck(stages=(1, 1, 1, 1), size=32, classes=10),
         "mobilenet_v2": lambda: architectures.mobilenet_v2(size=32, classes=10),
+        **{f"grouped_{n}": partial(grouped, n) for n in (2, 3, 4)},
+        **{f"grouped_up_{n}": partial(grouped, n, transpose=True) for n in (2, 3, 4)},
     }
     return wide.get(name, architectures.ALL.get(name))()
 
@@ -223,6 +239,19 @@ def test_least_score_is_lost() -> None:
     assert total["rounded"] > 1.2 * total["select"]
 
 
+@pytest.mark.parametrize("hardware", ["ti-c2000", "tensorrt-fp16"])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_every_group_has_outputs_that_the_profile_takes(groups: int, transpose: bool, hardware: str) -> None:
+    """Whatever the budget, the outputs of each group are multiples as well, not only those of all groups together."""
+    given, own, changed = grouped(groups, transpose=transpose), profiles.load(hardware), 0
+    for share in (0.8, 0.6, 0.4):
+        after = onnxprune.prune(given, target_mac=share, profile=hardware, proof=False).model
+        assert disobedient(given, after, own) == []
+        changed += sum(dict(walk(after))[name].outputs < dict(walk(given))[name].outputs for name in "gh")
+    assert changed > 2
+
+
 def kept_of(result: onnxprune.Result) -> list[int]:
     """Output channels of every operator."""
     return [layer.channels_after for layer in result.report.layers]
@@ -265,6 +294,28 @@ def test_parts_of_a_concatenation_suit_its_reader() -> None:
         for bundle in coupling.bundles:
             fits = [n for n in range(1, bundle.removable + 1) if masks[bundle.groups[0].id][n]]
             assert bool(fits) == (sum(widths) % 8 == 0 and bundle.size % 8 == 0)
+
+
+SIXTEENS = Profile("sixteens", {"*": (16, 16)})
+
+
+@pytest.mark.parametrize(
+    ("widths", "shut"),
+    [
+        ((24, 40), {"p0", "p1"}),
+        ((32, 32, 3), {"p0", "p1", "p2"}),
+        ((32, 16), {"p1"}),
+        ((64, 32), set()),
+        ((24,), set()),
+    ],
+)
+def test_locked_bundles_are_those_without_a_count(widths: tuple[int, ...], shut: set[str]) -> None:
+    """Named are the bundles none of whose channels may go on their own; no other keeps all of them for want of a count."""
+    coupling = couple(onnx_io.read(concatenated(*widths)))
+    masks = permitted(coupling, SIXTEENS)
+    weights = {bundle.groups[0].id: {name for name, _ in bundle.groups[0].members} for bundle in coupling.bundles}
+    assert {p for p in ("p0", "p1", "p2") for name in locked(coupling, masks) if f"{p}.w" in weights[name]} == shut
+    assert locked(coupling, permitted(coupling, Profile("any"))) == []
 
 
 def test_heads_count_with_their_dimensions() -> None:
