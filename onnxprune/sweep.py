@@ -363,7 +363,7 @@ def _finish(run: Run, result: Done | workers.WorkerLostError) -> Row:
     out = pathlib.Path(run.row.output)
     try:
         if result.model is None:
-            onnx_io.copy(pathlib.Path(run.model), out, force=True)
+            onnx_io.copy_apart(pathlib.Path(run.model), out)
         else:
             onnx_io.place(result.model.files, out)
         onnx_io.write(out.with_suffix(".plan.json"), json.dumps(result.plan, indent=1).encode())
