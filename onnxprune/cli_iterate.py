@@ -70,8 +70,6 @@ def iterate(model: str, out: str, **given: Any) -> None:
     Example:  onnxprune iterate in.onnx out.onnx --target-mac 0.5 --data train.npz --val eval.npz --metric psnr
     """
     with cli._run(given) as (console, options):
-        reads = [model, *(path for path in (given["data_path"], given["val"], given["calib"]) if path)]
-        cli._check_writes(given, reads, [out, given["json_path"], given["html_path"], given["plan_out"], given["plot"]])
         kind = _plot_kind(given["plot"])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         pace = Pace(given["step"], given["min_step"], given["max_drop"], given["min_quality"])
