@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,10 +25,19 @@ COLUMNS = (("mac", "MAC 1e9", 1e9), ("weights", "weights 1e3", 1e3), ("activatio
 """Columns of the paper's Table 1."""
 
 
+def _own_targets(command: Callable) -> Callable:
+    """Add the options of targets that the loop can step towards."""
+    command = cli._target_options(command)
+    options: list[click.Parameter] = getattr(command, "__click_params__", [])
+    others = ("latency_table", *(f"target_{kind}" for kind in ("latency", "size")))
+    options[:] = [option for option in options if option.name not in others]
+    return command
+
+
 @cli.commands.command()  # type: ignore[has-type]  # the two modules import each other
 @click.argument("model", type=click.Path(), metavar="IN")
 @click.argument("out", type=click.Path(), metavar="OUT")
-@cli._target_options
+@_own_targets
 @cli._select_options
 @cli._calib_options
 @click.option("--data", "data_path", required=True, type=click.Path(), help="Training data: .npz, a folder, images.")
