@@ -178,9 +178,8 @@ def _begin(
     first = measure(original)
     settings = {
         **{"model": parcels.digest(original), "validation": parcels.contents(validation), "metric": metric.name},
-        **{name: value for name, value in vars(options).items() if name != "threads"},
-        **{"calib": parcels.contents(options.calib)},
-        **{"sensitivity": parcels.contents(options.sensitivity), **vars(pace)},
+        **{name: value for name, value in parcels.settings(options).items() if name != "threads"},
+        **vars(pace),
         **{"how outputs are read": vars(reading), **trainer.settings()},
     }
     open_folder(folder, settings, restart=restart)
