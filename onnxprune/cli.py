@@ -116,6 +116,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
     """Use the table named like the command (or the top level) of a TOML file as defaults."""
     if path is None:
         return
+    ctx.meta[_CONFIG] = path
     try:
         data = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -285,11 +286,6 @@ def prune(model: str, out: str, **given: Any) -> None:
                 "no target; give one, for example --target-mac 0.6, or a guard (--data, --metric, --max-drop) to search by"
             )
         _check_encodings(given)
-        names = ("calib", "data", "sensitivity", "latency_table", "encodings")
-        files = [given[name] for name in names] + [given["profile"] if given["profile"].endswith(".toml") else ""]
-        reads = [model, *filter(None, files)]
-        writes = [out, given["json_path"], given["html_path"], given["plan_out"], given["encodings_out"]]
-        _check_writes(given, reads, writes)
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         reading, notes = _reading(given), list[str]()
         quality.check_guard(given["data"], given["metric"], given["max_drop"], given["min_quality"], reading)
@@ -342,7 +338,6 @@ def inspect(model: str, **given: Any) -> None:
     Example:  onnxprune inspect model.onnx
     """
     with _run(given) as (console, options):
-        _check_writes(given, [model], [given["json_path"], given["html_path"]])
         _finish(console, pipeline.inspect(model, options), given, text.tree if given["tree"] else text.inspection)
 
 
@@ -363,8 +358,6 @@ def apply(model: str, out: str, plan: str, **given: Any) -> None:
     """
     with _run(given) as (console, options):
         _check_encodings(given)
-        reads = [model, plan, *([given["encodings"]] if given["encodings"] else [])]
-        _check_writes(given, reads, [out, given["json_path"], given["html_path"], given["encodings_out"]])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         with _progress(given) as progress:
             result = pipeline.apply(model, plan, options, progress)
@@ -389,7 +382,6 @@ def verify(original: str, pruned: str, plan: str, **given: Any) -> None:
     Example:  onnxprune verify original.onnx trained.onnx --plan plan.json
     """
     with _run(given) as (console, options):
-        _check_writes(given, [original, pruned, plan], [given["json_path"], given["html_path"]])
         with _progress(given) as progress:
             done = pipeline.verify(original, pruned, plan, options, progress)
         _finish(console, done, given, partial(text.summary, verb="verified"))
@@ -415,7 +407,6 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
     Example:  onnxprune evaluate model.onnx --data eval.npz --metric psnr
     """
     with _run(given) as (console, options):
-        _check_writes(given, [model, data], [given["json_path"]])
         notes: list[str] = []
         with _progress(given) as progress:
             found = quality.evaluate(
@@ -437,12 +428,13 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
 
 
 @contextmanager
-def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, Options]]:
-    """Build options, and turn errors into an exit code, a message and an ``error`` object in the JSON report."""
+def _run(given: dict[str, Any]) -> Iterator[tuple[Console, Options]]:
+    """Check files, build options, and turn errors into an exit code, a message and an ``error`` in the JSON report."""
     try:
         console = Console(stderr=given["json_path"] == "-")
         if not console.is_terminal:
             console.width = PIPE_WIDTH
+        _check_writes(given)
         options = _options(given)
         with runtime.threads_limited(options.threads):
             yield console, options
@@ -463,20 +455,36 @@ def _run(given: Mapping[str, Any]) -> Iterator[tuple[Console, Options]]:
         _fail(error, given, detail)
 
 
-def _check_writes(given: dict[str, Any], reads: Sequence[str], writes: Sequence[str | None]) -> None:
+MODELS = ("model", "models", "original", "pruned", "a", "b", "reference")
+FILES = ("calib", "data", "data_path", "val", "sensitivity", "latency_table", "profile", "encodings", "plan", "map_path",
+         "source", "directory")  # fmt: skip
+WRITTEN = ("out", "json_path", "html_path", "plan_out", "encodings_out", "csv_path", "plot")
+"""Parameters of all commands that name models and other files to read, and files to write."""
+
+_CONFIG = "onnxprune.config"  # where click keeps the path of --config
+
+
+def _check_writes(given: dict[str, Any]) -> None:
     """Refuse to write one file over another that is read or written, and into folders that do not exist.
 
     A report that would go over another file is not written at all, not even to tell of the refusal.
     """
-    report_path = given["json_path"]
-    taken = {pathlib.Path(path).resolve() for path in reads}
-    targets = [path for path in writes if path and path != "-"]
+    context = click.get_current_context()
+    named = {**context.params, **given}
+    report_path = named["json_path"]
+    taken = {
+        pathlib.Path(path).resolve() for path in (*_paths(named, MODELS + FILES), context.meta.get(_CONFIG)) if path
+    }
+    targets = [path for path in _paths(named, WRITTEN) if path != "-"]
+    # Only a file that is there can hold a model's data, and only then is a model worth reading twice.
+    data = _data_of(_paths(named, MODELS)) if any(pathlib.Path(path).is_file() for path in targets) else set()
     for path in sorted(targets, key=lambda path: path == report_path):
         target = pathlib.Path(path).resolve()
-        if target in taken or any(_same_file(target, other) for other in taken):
-            if path == report_path:
-                given["json_path"] = None
-            raise UsageError(f"{path}: is also another file of this command; choose another name")
+        for others, what in ((taken, "is also another file of this command"), (data, "holds the input's data")):
+            if target in others or any(_same_file(target, other) for other in others):
+                if path == report_path:
+                    given["json_path"] = None
+                raise UsageError(f"{path}: {what}; choose another name")
         taken.add(target)
     for file in map(pathlib.Path, targets):
         if file.is_dir():
@@ -511,6 +519,19 @@ def _sliced_encodings(
 def _write_encodings(given: Mapping[str, Any], sliced: SlicedEncodings) -> None:
     if given["encodings_out"]:
         onnx_io.write(given["encodings_out"], json.dumps(sliced.encodings, indent=4).encode())
+
+
+def _paths(named: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Paths that parameters of these names hold; a profile that goes by its name holds none."""
+    values = {name: named.get(name) for name in names}
+    if not str(values.get("profile")).endswith(".toml"):
+        values["profile"] = None
+    return [path for value in values.values() if value for path in ([value] if isinstance(value, str) else value)]
+
+
+def _data_of(models: Sequence[str]) -> set[pathlib.Path]:
+    """Files with external data of models, as far as these can be read."""
+    return {pathlib.Path(model).parent / name for model in models for name in onnx_io.locations(pathlib.Path(model))}
 
 
 def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:
@@ -600,13 +621,16 @@ def _command() -> str:
 
 
 def _json_path(args: Sequence[str]) -> str | None:
-    """Where ``--json`` points in arguments that could not be parsed; None where another argument names that file, too."""
+    """Where ``--json`` points in arguments that could not be parsed; None where that is a file of another argument, too."""
     values = [word.partition("=")[2] if word.startswith("--") else word for word in args]
     paths = [values[i + 1] for i, word in enumerate(args[:-1]) if word == "--json"]
     paths += [value for word, value in zip(args, values, strict=True) if word.startswith("--json=")]
     if not paths:
         return None
-    resolved = [pathlib.Path(value).resolve() for value in values if value]
+    models = [value for value in values if value.lower().endswith(".onnx")]
+    resolved = [pathlib.Path(value).resolve() for value in values if value] + [
+        path.resolve() for path in _data_of(models)
+    ]
     mine = pathlib.Path(paths[0]).resolve()
     shared = resolved.count(mine) > 1 or any(other != mine and _same_file(other, mine) for other in resolved)
     return None if shared else paths[0]

@@ -29,8 +29,6 @@ def artifact(original: str, pruned: str, directory: str, **given: Any) -> None:
     Example:  onnxprune artifact original.onnx pruned.onnx training/ --plan plan.json
     """
     with cli._run(given) as (console, options):
-        reads = [original, pruned, *([given["plan"]] if given["plan"] else [])]
-        cli._check_writes(given, reads, [given["json_path"]])
         with cli._progress(given) as progress:
             made = export_artifact(
                 original, pruned, directory, given["plan"], loss=given["loss"], metric=given["metric"],

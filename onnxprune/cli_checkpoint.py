@@ -27,8 +27,6 @@ def command(plan: str, source: str, out: str, **given: Any) -> None:
     Example:  onnxprune apply-checkpoint plan.json model.safetensors pruned.safetensors --map map.json
     """
     with cli._run(given):
-        reads = [path for path in (plan, source, given["map_path"]) if path]
-        cli._check_writes(given, reads, [out, given["json_path"]])
         done = apply_checkpoint(plan, source, out, mapping=given["map_path"], force=given["force"])
         given["written"] = out
         _show(done, plan, source, out, given)

@@ -95,8 +95,6 @@ def finetune(directory: str, out: str, **given: Any) -> None:
     Example:  onnxprune finetune artifact/ out.onnx --data train.npz --val eval.npz --metric psnr
     """
     with cli._run(given) as (console, options):
-        reads = [directory, *(path for path in (given["data"], given["val"]) if path)]
-        cli._check_writes(given, reads, [out, given["json_path"]])
         recipe = _recipe(given)
         from onnxprune.train import finetune as train  # noqa: PLC0415 (needs torch)
 

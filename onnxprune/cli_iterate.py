@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,10 +25,19 @@ COLUMNS = (("mac", "MAC 1e9", 1e9), ("weights", "weights 1e3", 1e3), ("activatio
 """Columns of the paper's Table 1."""
 
 
+def _own_targets(command: Callable) -> Callable:
+    """Add the options of targets that the loop can step towards."""
+    command = cli._target_options(command)
+    options: list[click.Parameter] = getattr(command, "__click_params__", [])
+    others = ("latency_table", *(f"target_{kind}" for kind in ("latency", "size")))
+    options[:] = [option for option in options if option.name not in others]
+    return command
+
+
 @cli.commands.command()  # type: ignore[has-type]  # the two modules import each other
 @click.argument("model", type=click.Path(), metavar="IN")
 @click.argument("out", type=click.Path(), metavar="OUT")
-@cli._target_options
+@_own_targets
 @cli._select_options
 @cli._calib_options
 @click.option("--data", "data_path", required=True, type=click.Path(), help="Training data: .npz, a folder, images.")
@@ -70,8 +79,6 @@ def iterate(model: str, out: str, **given: Any) -> None:
     Example:  onnxprune iterate in.onnx out.onnx --target-mac 0.5 --data train.npz --val eval.npz --metric psnr
     """
     with cli._run(given) as (console, options):
-        reads = [model, *(path for path in (given["data_path"], given["val"], given["calib"]) if path)]
-        cli._check_writes(given, reads, [out, given["json_path"], given["html_path"], given["plan_out"], given["plot"]])
         kind = _plot_kind(given["plot"])
         pipeline.check_output(model, pathlib.Path(out), force=given["force"])
         pace = Pace(given["step"], given["min_step"], given["max_drop"], given["min_quality"])

@@ -16,24 +16,22 @@ from onnxprune.report import text
 
 @cli.commands.command("report")  # type: ignore[has-type]  # the two modules import each other
 @click.argument("source", type=click.Path(), metavar="R.json")
-@click.option("-o", "--out", type=click.Path(), help="The page; R.html beside R.json by default.")
+@click.option("-o", "--out", "html_path", type=click.Path(), help="The page; R.html beside R.json by default.")
 @click.option("--force", is_flag=True, help="Overwrite the page.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")
-def report(source: str, out: str | None, **given: Any) -> None:
+def report(source: str, **given: Any) -> None:
     """Make the HTML page of a report that --json wrote.
 
     \b
     Example:  onnxprune report r.json
     """
-    given |= {"json_path": None, "html_path": None}
+    path = pathlib.Path(source)
+    target = pathlib.Path(given["html_path"] or path.with_suffix(".html"))
+    given |= {"json_path": None, "html_path": str(target)}
     with cli._run(given):
-        path = pathlib.Path(source)
         if not path.is_file():
             raise FileError(f"{source}: no such file")
-        target = pathlib.Path(out) if out else path.with_suffix(".html")
-        given["html_path"] = str(target)
-        cli._check_writes(given, [source], [given["html_path"]])
         if target.exists() and not given["force"]:
             raise UsageError(f"{target}: exists; choose another name with -o or use --force to overwrite it")
         try:
@@ -61,7 +59,6 @@ def diff(a: str, b: str, **given: Any) -> None:
     Example:  onnxprune diff original.onnx pruned.onnx
     """
     with cli._run(given) as (console, options):
-        cli._check_writes(given, [a, b], [given["json_path"]])
         found = difference(a, b, options)
         cli._write_json(given["json_path"], found.to_json())
         if not given["quiet"]:

@@ -45,7 +45,7 @@ def sensitivity(model: str, **given: Any) -> None:
     Example:  onnxprune sensitivity model.onnx --data eval.npz --metric psnr --calib calib.npz --json table.json
     """
     with cli._run(given) as (console, options):
-        known = _prepare(model, given)
+        known = _prepare(given)
         writer = _Writer(given)
         with cli._progress(given) as progress:
             table = measure(
@@ -61,11 +61,9 @@ def sensitivity(model: str, **given: Any) -> None:
             click.echo("\n".join(lines), color=console.is_terminal or None)
 
 
-def _prepare(model: str, given: dict[str, Any]) -> SensitivityTable | None:
+def _prepare(given: dict[str, Any]) -> SensitivityTable | None:
     """Refuse what cannot be written before any work; returns the table to go on with."""
     json_path, csv_path = given["json_path"], given["csv_path"]
-    reads = [model, *(path for path in (given["data"], given["calib"], given["sensitivity"]) if path)]
-    cli._check_writes(given, reads, [json_path, csv_path])
     if csv_path == json_path == "-":
         raise UsageError("--csv - and --json - both want stdout; write one of them to a file")
     if given["resume"] and json_path in (None, "-"):

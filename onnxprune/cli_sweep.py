@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -74,7 +74,7 @@ def sweep(models: tuple[str, ...], **given: Any) -> None:
     single |= {name: None for name in given if name.startswith("target_")}
     with cli._run(single) as (console, base):
         tables = [path for path in (given["csv_path"], given["json_path"]) if path]
-        known = _prepare(models, given, single)
+        known = _prepare(given, single)
         writer = _Writer(given, vars(base), single)
         with cli._progress(given) as progress:
             shared = {name: value for name, value in vars(base).items() if name not in (*AXES, "targets")}
@@ -102,10 +102,8 @@ def sweep(models: tuple[str, ...], **given: Any) -> None:
             click.echo(f"{len(failed)} of {len(found)} runs failed", err=True)
 
 
-def _prepare(models: Sequence[str], given: dict[str, Any], single: dict[str, Any]) -> list[Row]:
+def _prepare(given: dict[str, Any], single: dict[str, Any]) -> list[Row]:
     """Refuse what cannot be written before any run; returns the rows to go on with."""
-    paths = [given["csv_path"], given["json_path"], given["html_path"], given["plot"]]
-    cli._check_writes(single, [*models, *([given["data"]] if given["data"] else [])], paths)
     if given["csv_path"] == given["json_path"] == "-":
         raise UsageError("--csv - and --json - both want stdout; write one of them to a file")
     if given["jobs"] and given["backend"] == "dask":

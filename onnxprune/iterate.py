@@ -178,9 +178,8 @@ def _begin(
     first = measure(original)
     settings = {
         **{"model": parcels.digest(original), "validation": parcels.contents(validation), "metric": metric.name},
-        **{name: value for name, value in vars(options).items() if name != "threads"},
-        **{"calib": parcels.contents(options.calib)},
-        **{"sensitivity": parcels.contents(options.sensitivity), **vars(pace)},
+        **{name: value for name, value in parcels.settings(options).items() if name != "threads"},
+        **vars(pace),
         **{"how outputs are read": vars(reading), **trainer.settings()},
     }
     open_folder(folder, settings, restart=restart)
@@ -243,7 +242,7 @@ def _finish(loop: _Loop, out: pathlib.Path, best: int | None, share: float, *, r
     trained = folder / "trained.onnx" if best is not None else loop.original
     plan = pipeline.read_plan(folder / "plan.json") if best is not None else _everything(loop)
     report = pipeline.verify(loop.original, trained, plan, replace(loop.options, targets={}))
-    onnx_io.copy(trained, out, force=True)
+    onnx_io.copy_apart(trained, out)
     after = loop.measure(out)
     report = replace(report, quality=(loop.before, after), output={"path": str(out), "sha256": onnx_io.sha256(out)})
     return Iterated(tuple(loop.done), plan, report, share, reached)

@@ -9,7 +9,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO
 
@@ -80,7 +80,7 @@ def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
 
     Where tensors lay in other files when the model was read, or are more than one file can hold, the larger ones go into one
     file beside it, ``NAME.DIGEST.data``. The digest is that of its bytes, so that neither a crash nor an older file can
-    pair a model with other weights; older ones of the same name go when the new model is in place.
+    pair a model with other weights; that of the model that ``path`` held goes when the new one is in place.
 
     Raises
     ------
@@ -88,10 +88,11 @@ def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
         The folder or the file cannot be written, or the disk is full.
     """
     path = pathlib.Path(path)
+    old = older_data(path)
     stored = storage.split(model) if storage.has_parts(model) else None
     if stored is None or not stored.outside:
         write(path, (stored.graph if stored else model).SerializeToString(deterministic=True))
-        _sweep(path, ())
+        _remove(old, ())
         return
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise FileError(f"{path}: is no plain file, and this model's data needs a file beside it; choose another name")
@@ -104,41 +105,41 @@ def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
         stored.name(data.name)
         write(path, stored.graph.SerializeToString(deterministic=True))
     except BaseException:
-        if fresh and data.name not in _locations(path):  # an interrupt may come when all is done
+        if fresh and data.name not in locations(path):  # an interrupt may come when all is done
             data.unlink(missing_ok=True)
         raise
-    _sweep(path, (data.name,))
+    _remove(old, (data.name,))
 
 
 def place(files: Mapping[str, bytes], path: pathlib.Path) -> None:
     """Write the files that :func:`save` made of a model of the same name elsewhere, the model last."""
-    others = files.keys() - {path.name}
+    others, old = files.keys() - {path.name}, older_data(path)
     for name in sorted(others):
         write(path.with_name(name), files[name])
     write(path, files[path.name])
-    _sweep(path, others)
+    _remove(old, others)
 
 
-def _locations(path: pathlib.Path) -> set[str]:
+def locations(path: pathlib.Path) -> set[str]:
     """What a file names as its external data; nothing where it is no model."""
     try:
-        return external_files(load_graph(path))
+        return external_files(load_graph(path)) if path.is_file() else set()
     except (FileError, ModelError):
         return set()
 
 
 def older_data(path: pathlib.Path) -> list[pathlib.Path]:
-    """Files beside a model that only :func:`save` can have written for it."""
+    """Data of the model that ``path`` holds now, where :func:`save` wrote it for that model.
+
+    Files that merely have such a name may belong to a model that has been renamed.
+    """
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
-    try:
-        return sorted(file for file in path.absolute().parent.iterdir() if pattern.fullmatch(file.name))
-    except OSError:  # a folder may be written and not listed
-        return []
+    return [path.with_name(name) for name in sorted(locations(path)) if pattern.fullmatch(name)]
 
 
-def _sweep(path: pathlib.Path, kept: Collection[str]) -> None:
-    """Remove the data of models that ``path`` held before."""
-    for file in older_data(path):
+def _remove(old: Iterable[pathlib.Path], kept: Collection[str]) -> None:
+    """Remove the data of the model that was overwritten, but for what the new one reads."""
+    for file in old:
         if file.name not in kept:
             file.unlink(missing_ok=True)
 
@@ -189,9 +190,11 @@ def copy(source: pathlib.Path, out: pathlib.Path, *, force: bool = False) -> Non
 
     Where data of another model must be overwritten, an older ``out`` goes first: it might read it.
     """
-    pairs, locations = [], external_files(load_graph(source))
-    for location in sorted(locations):
-        data, twin = source.parent / location, out.parent / location
+    pairs, names, old = [], external_files(load_graph(source)), older_data(out)
+    for name in sorted(names):
+        data, twin = source.parent / name, out.parent / name
+        if twin.resolve() == out.resolve():
+            raise UsageError(f"{out}: is where the model's external data {name} belongs; choose another name")
         if twin.exists() and twin.samefile(data):
             continue
         if twin.exists() and not force:
@@ -205,7 +208,18 @@ def copy(source: pathlib.Path, out: pathlib.Path, *, force: bool = False) -> Non
             shutil.copyfileobj(stream, file, external.CHUNK)
             done(twin.resolve())
     write(out, source.read_bytes())
-    _sweep(out, locations)
+    _remove(old, names)
+
+
+def copy_apart(source: pathlib.Path, out: pathlib.Path) -> None:
+    """Copy a model over an older one; data that lies outside goes into a file named like :func:`save` does.
+
+    Models of several folders may all keep their data under one name.
+    """
+    if external_files(load_graph(source)):
+        save(load(source), out)
+    else:
+        copy(source, out, force=True)
 
 
 def external_files(model: onnx.ModelProto) -> set[str]:

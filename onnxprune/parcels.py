@@ -16,6 +16,10 @@ import onnx
 
 from onnxprune import onnx_io
 from onnxprune.errors import UsageError
+from onnxprune.options import Options
+
+FIELDS = ("calib", "sensitivity", "latency_table", "profile")
+"""Fields of Options that may name files."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,21 @@ def contents(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): contents(each) for name, each in value.items()}
     return [contents(each) for each in value] if isinstance(value, Sequence) else value
+
+
+def named_files(options: Mapping[str, Any]) -> dict[str, str]:
+    """Paths that fields of Options hold; a profile that goes by its name holds none."""
+    given = {name: os.fspath(options[name]) for name in FIELDS if isinstance(options.get(name), str | os.PathLike)}
+    return {name: path for name, path in given.items() if path and (name != "profile" or path.endswith(".toml"))}
+
+
+def settings(options: Options) -> dict[str, Any]:
+    """Fields of Options, with what files and arrays hold in the place of their names."""
+    chosen = vars(options)
+    return {
+        **chosen,
+        **{name: contents(value) for name, value in (named_files(chosen) | {"calib": options.calib}).items()},
+    }
 
 
 def pack(path: str | pathlib.Path) -> Parcel:

@@ -168,7 +168,7 @@ def _job(
     options = replace(options, calib=calib, preset="a", allocation="error", proof=False, threads=0)
     data = None if data is None else str(pathlib.Path(data).resolve())
     of_calib = parcels.digest(calib) if isinstance(calib, str) else hashlib.sha256(pickle.dumps(calib)).hexdigest()
-    fields = {name: value for name, value in vars(options).items() if name != "calib"}
+    fields = {name: value for name, value in parcels.settings(options).items() if name != "calib"}
     what = [
         version("onnxprune"), parcels.digest(path), of_calib, fields, data and parcels.digest(data),
         metric and find_metric(metric).name, asdict(reading) if data else None,

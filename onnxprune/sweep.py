@@ -24,7 +24,6 @@ from onnxprune.parcels import Parcel
 from onnxprune.report.rows import Measured, Row, mark
 
 BACKENDS = ("local", "dask")
-FILES = ("calib", "latency_table")  # fields of Options that name files
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,8 @@ def _choices(
         raise UsageError("no target; give one or more, for example --target-mac 0.8 --target-mac 0.6")
     if "latency" in budgets and not options.get("latency_table"):
         raise UsageError("runs side by side spoil measured latencies; give --latency-table, or prune for one at a time")
-    files = (*FILES, *(["profile"] if str(options.get("profile", "")).endswith(".toml") else []))
-    shared = {name: _absolute(value) if name in files else value for name, value in options.items()}
+    files = {name: str(pathlib.Path(path).resolve()) for name, path in parcels.named_files(options).items()}
+    shared = {**options, **files}
     given = {name: tuple(dict.fromkeys(values)) for name, values in axes.items() if values}
     for chosen in itertools.product(*given.values()):
         for kind, value in pairs:
@@ -190,10 +189,6 @@ def _choices(
                 yield Options(**{**shared, **dict(zip(given, chosen, strict=True)), "targets": {kind: value}})
             except TypeError as error:
                 raise UsageError(str(error)) from error
-
-
-def _absolute(path: Any) -> Any:
-    return str(pathlib.Path(path).resolve()) if isinstance(path, str | os.PathLike) and str(path) else path
 
 
 def _runs(
@@ -238,11 +233,8 @@ def _file_name(name: str, row: Row) -> str:
 
 def _identity(model: str, digest: str, data: str, options: Options, shared: Mapping[str, Any]) -> str:
     """Digest of all that a row follows from; a model that cannot be read stands for itself by its path."""
-    chosen = {
-        name: parcels.digest(value) if name in FILES and value else value for name, value in vars(options).items()
-    }
     reading = asdict(shared["reading"]) if data else None
-    what = [version("onnxprune"), digest or model, data, list(shared["metrics"]), reading, chosen]
+    what = [version("onnxprune"), digest or model, data, list(shared["metrics"]), reading, parcels.settings(options)]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -275,7 +267,7 @@ def _check_outputs(folder: pathlib.Path, runs: Sequence[Run], *, force: bool) ->
 def _calls(runs: Sequence[Run], *, ship: bool) -> list[tuple[Any, ...]]:
     if not ship:
         return [(run,) for run in runs]
-    wanted = [[run.model, run.data, *(run.options.get(name) for name in FILES)] for run in runs]
+    wanted = [[run.model, run.data, *parcels.named_files(run.options).values()] for run in runs]
     packed = {path: parcels.pack(path) for paths in wanted for path in paths if path}
     return [(run, *(packed[path] for path in paths if path)) for run, paths in zip(runs, wanted, strict=True)]
 
@@ -301,8 +293,8 @@ def execute(run: Run, *sent: Parcel) -> Done:
 def _execute(run: Run, placed: Mapping[str, str]) -> Done:
     model = placed.get(run.model, run.model)
     _check_same(run, model)
-    fields = {name: placed.get(value, value) if name in FILES else value for name, value in run.options.items()}
-    options = Options(**fields)
+    files = {name: placed.get(path, path) for name, path in parcels.named_files(run.options).items()}
+    options = Options(**{**run.options, **files})
     result = pipeline.prune(model, options)
     data = None if run.data is None else placed.get(run.data, run.data)
     pairs = [
@@ -363,7 +355,7 @@ def _finish(run: Run, result: Done | workers.WorkerLostError) -> Row:
     out = pathlib.Path(run.row.output)
     try:
         if result.model is None:
-            onnx_io.copy(pathlib.Path(run.model), out, force=True)
+            onnx_io.copy_apart(pathlib.Path(run.model), out)
         else:
             onnx_io.place(result.model.files, out)
         onnx_io.write(out.with_suffix(".plan.json"), json.dumps(result.plan, indent=1).encode())

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -865,3 +866,43 @@ def test_dynamic_input_is_shown(tmp_path: Path, out: Path) -> None:
     onnx.save(variants.with_dynamic_batch(architectures.ALL["edsr"]()), path)
     text = ok(path, out, *QUICK).stdout
     assert "image taken as [1, 3, 20, 24]" in text
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands.commands))
+def test_every_path_is_known_to_the_check_of_files(command: str) -> None:
+    """No command takes a file that the check against overwriting does not know; folders of runs and config are apart."""
+    paths = {p.name for p in cli.commands.commands[command].params if isinstance(p.type, click.Path)}
+    assert paths <= {*cli.MODELS, *cli.FILES, *cli.WRITTEN, "config", "state", "out_dir"}
+
+
+@pytest.mark.parametrize("content", ["[multiples]\n'*' = 4\n", "[broken"])
+def test_reports_go_over_no_file_that_is_read(tmp_path: Path, content: str) -> None:
+    """Profiles, latency tables, calibration data and configurations outlive a report of their name, whole or broken."""
+    toml, table, calib = tmp_path / "p.toml", tmp_path / "t.csv", tmp_path / "c.npz"
+    toml.write_text(content)
+    table.write_text("layer,inputs,outputs,ms\n")
+    calib.write_bytes((DIGITS / "digits_calib.npz").read_bytes())
+    before = [path.read_bytes() for path in (toml, table, calib)]
+    loop = (
+        "iterate",
+        DIGITS / "digits.onnx",
+        tmp_path / "o.onnx",
+        "--target-mac",
+        0.6,
+        "--data",
+        DIGITS / "digits_eval.npz",
+    )
+    for words in (
+        ("inspect", DIGITS / "digits.onnx", "--profile", toml, "--json", toml),
+        ("inspect", DIGITS / "digits.onnx", "--config", toml, "--json", toml),
+        ("sweep", DIGITS / "digits.onnx", "--target-mac", 0.6, "--calib", calib, "--json", calib, "--force"),
+        ("sweep", DIGITS / "digits.onnx", "--target-latency", 0.6, "--latency-table", table, "--csv", table, "--force"),
+        ("sensitivity", DIGITS / "digits.onnx", "--calib", calib, "--profile", toml, "--csv", toml, "--force"),
+        (*loop, "--profile", toml, "--plan-out", toml),
+        (*loop, "--calib", calib, "--sensitivity", table, "--json", table),
+    ):
+        assert run(*words).exit_code == 2
+        assert [path.read_bytes() for path in (toml, table, calib)] == before

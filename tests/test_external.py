@@ -454,7 +454,7 @@ def test_data_of_the_input_is_never_overwritten(source: Path, tmp_path: Path) ->
         assert "holds the input's data" in refused.output
     first = tmp_path / "first.onnx"
     ok(source, first, "--target-mac", "0.9", "--no-latency")
-    first.rename(tmp_path / "second.onnx")
+    (tmp_path / "second.onnx").write_bytes(first.read_bytes())
     refused = run(tmp_path / "second.onnx", first, "--target-mac", "0.8", "--force")
     assert refused.exit_code == 2
     assert "holds the input's data" in refused.output
@@ -467,6 +467,78 @@ def test_link_as_output_is_refused(source: Path, tmp_path: Path) -> None:
     refused = run(source, tmp_path / "link.onnx", "--target-mac", "0.6", "--force")
     assert refused.exit_code == 2
     assert "is a link" in refused.output
+
+
+def beside(path: Path, seed: int = 0, data: str = "model.data") -> Path:
+    """Write a model of seeded weights with one file of data beside it."""
+    model = inline()
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            drawn = np.random.default_rng(seed).random(tuple(tensor.dims), np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(drawn, tensor.name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path, save_as_external_data=True, location=data, size_threshold=0)
+    return path
+
+
+def test_a_renamed_model_keeps_its_data(source: Path, tmp_path: Path) -> None:
+    """Writing again under the name that a model once had takes no data from it: by prune, by save, and by a copy."""
+    out, best = tmp_path / "out.onnx", tmp_path / "best.onnx"
+    ok(source, out, "--target-mac", "0.9", "--no-latency")
+    before = values(out)
+    out.rename(best)
+    for target in ("0.6", "1"):
+        ok(source, out, "--target-mac", target, "--no-latency", "--force")
+        same(values(best), before)
+    ok(MODEL, out, "--target-mac", "0.6", "--no-latency", "--force")
+    same(values(best), before)
+
+
+def test_a_copy_never_takes_the_place_of_its_data(source: Path, tmp_path: Path) -> None:
+    """A target that is met, with an output named like the data, is refused, and nothing is written."""
+    there = tmp_path / "there"
+    there.mkdir()
+    refused = run(source, there / "part 0.bin", "--target-mac", "1", "--no-latency")
+    assert (refused.exit_code, "belongs" in refused.output) == (2, True)
+    assert list(there.iterdir()) == []
+
+
+def test_models_of_a_sweep_have_data_of_their_own(tmp_path: Path) -> None:
+    """Models whose data files share a name keep their weights where a sweep has nothing to remove."""
+    models = [beside(tmp_path / name / f"{name}.onnx", seed) for seed, name in enumerate(("ma", "mb"))]
+    rows = onnxprune.sweep(models, [1.0], out_dir=tmp_path / "swept", jobs=1)
+    assert [row.error for row in rows] == ["", ""]
+    for model, row in zip(models, rows, strict=True):
+        same(values(Path(row.output)), values(model))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("OUT", "--target-mac", "0.6", "--no-latency", "--plan-out", "DATA"), id="plan"),
+        pytest.param(("OUT", "--target-mac", "0.6", "--no-latency", "--encodings", "E", "--encodings-out", "DATA"),
+                     id="encodings"),
+        pytest.param(("inspect", "--json", "DATA"), id="inspect"),
+        pytest.param(("inspect", "--criterion", "nonsense", "--json", "DATA"), id="wrong-value"),
+        pytest.param(("inspect", "--nonsense", "--json", "DATA"), id="wrong-option"),
+        pytest.param(("sweep", "--target-mac", "0.6", "--csv", "DATA", "--force"), id="sweep"),
+        pytest.param(("diff", "ORIGINAL", "--json", "DATA"), id="diff"),
+        pytest.param(("evaluate", "--data", DIGITS / "digits_eval.npz", "--metric", "top1", "--json", "DATA"),
+                     id="evaluate"),
+    ],
+)  # fmt: skip
+def test_no_report_goes_over_the_data_of_a_model(source: Path, tmp_path: Path, words: tuple[Any, ...]) -> None:
+    """Whatever a command writes, it is refused where the weights of a model lie that it reads, also to tell of an error."""
+    data, before = source.parent / "part 0.bin", (source.parent / "part 0.bin").read_bytes()
+    (tmp_path / "e.json").write_text("{}")
+    names = {"DATA": data, "OUT": tmp_path / "out.onnx", "ORIGINAL": MODEL, "E": tmp_path / "e.json"}
+    given = [names.get(word, word) for word in words]
+    place = 0 if given[0] == names["OUT"] else 1
+    refused = run(*given[:place], source, *given[place:])
+    assert refused.exit_code == 2
+    assert ("nonsense" if words[1] == "--nonsense" else "holds the input's data") in refused.output
+    assert data.read_bytes() == before
+    assert not (tmp_path / "out.onnx").exists()
 
 
 # -- what a model may point to -----------------------------------------------------------------------------------------

@@ -222,6 +222,14 @@ def test_settings_that_lead_nowhere_are_refused(tmp_path: pathlib.Path, options:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["--target-latency", "--latency-table", "--target-size"])
+def test_targets_that_the_loop_cannot_take_are_not_offered(option: str) -> None:
+    """Help names the targets that work, and no others."""
+    shown = ok("iterate", "--help").output
+    assert "--target-bandwidth" in shown
+    assert option not in shown
+
+
 # -- what a run goes on from ---------------------------------------------------------------------------------------------
 
 
@@ -240,22 +248,36 @@ def test_all_targets_are_met(tmp_path: pathlib.Path) -> None:
     assert done.report.after["params"] / done.report.before["params"] <= 0.8
 
 
-@pytest.mark.parametrize("changed", ["validation", "training", "calibration"])
+@pytest.mark.parametrize("changed", ["validation", "training", "calibration", "profile"])
 def test_results_of_other_data_are_refused(tmp_path: pathlib.Path, changed: str) -> None:
     """A data file that holds something else under its old name makes another run; the message names what differs."""
     paths = {name: tmp_path / f"{name}.npz" for name in ("validation", "training", "calibration")}
     for name, path in paths.items():
         path.write_bytes((EVAL if name == "validation" else CALIB).read_bytes())
-    out = tmp_path / "out.onnx"
+    out, profile = tmp_path / "out.onnx", tmp_path / "mine.toml"
+    profile.write_text("[multiples]\nConv = 2\n")
     given = ["iterate", MODEL, out, "--target-mac", 0.8, "--step", 0.2, "--trainer", COPY, "--metric", "cosine"]
-    given += ["--data", paths["training"], "--val", paths["validation"], "--calib", paths["calibration"]]
+    given += [
+        "--data",
+        paths["training"],
+        "--val",
+        paths["validation"],
+        "--calib",
+        paths["calibration"],
+        "--profile",
+        profile,
+    ]
     ok(*given)
     ok(*given, "--force")
-    arrays = dict(np.load(paths[changed]))
-    np.savez(paths[changed], **{name: array[:40] for name, array in arrays.items()})
+    if changed == "profile":
+        profile.write_text("[multiples]\nConv = 1\n")
+    else:
+        arrays = dict(np.load(paths[changed]))
+        np.savez(paths[changed], **{name: array[:40] for name, array in arrays.items()})
     refused = run(*given, "--force")
     assert refused.exit_code == 2
-    assert {"validation": "(validation)", "training": "(data)", "calibration": "(calib)"}[changed] in refused.output
+    named = {"validation": "(validation)", "training": "(data)", "calibration": "(calib)", "profile": "(profile)"}
+    assert named[changed] in refused.output
     ok(*given, "--force", "--restart")
 
 

@@ -287,6 +287,18 @@ def test_resume_refuses_another_table(written: Path, words: list[str], why: str)
     assert json.loads(written.read_text())["run"] != before["run"]
 
 
+def test_resume_refuses_rows_of_another_profile(tmp_path: Path) -> None:
+    """A profile that was edited makes other rows, although its file is called as before."""
+    profile, table = tmp_path / "p.toml", tmp_path / "t.json"
+    profile.write_text("[multiples]\nConv = 2\n")
+    words = (*ARGS, "--data", DATA, "--metric", "top1", "--profile", profile, "--json", table)
+    ok(*words)
+    ok(*words, "--resume")
+    profile.write_text("[multiples]\nConv = 4\n")
+    result = run(*words, "--resume")
+    assert (result.exit_code, "other data, options" in result.stderr) == (2, True)
+
+
 def test_resume_refuses_the_table_of_another_model(written: Path) -> None:
     """The message says that it is another model's."""
     content = json.loads(written.read_text())

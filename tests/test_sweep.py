@@ -25,9 +25,12 @@ from hypothesis import strategies as st
 import onnxprune
 from commands import ok, run
 from onnxprune import parcels, pipeline, quality, runtime, sweep, workers
+from onnxprune import profile as profiles
 from onnxprune.errors import FileError, OnnxPruneError, UsageError
+from onnxprune.options import Options
 from onnxprune.report import pareto, rows
 from onnxprune.report.rows import Measured, Row
+from onnxprune.sweep import _calls, _runs, execute
 from standins import ten_times
 
 DIGITS = Path(__file__).parents[1] / "fixtures" / "digits"
@@ -396,6 +399,41 @@ def test_resume_runs_again_what_changed(tmp_path: Path) -> None:
     assert len(ran) == 1
 
 
+@pytest.mark.parametrize("changed", ["profile", "latency_table", "sensitivity", "calib"])
+def test_files_of_options_stand_for_what_they_hold(tmp_path: Path, changed: str) -> None:
+    """A file that holds something else under its old name makes another run; a name alone, or a move, does not."""
+    files = {name: tmp_path / f"{name}.toml" for name in ("profile", "latency_table", "sensitivity", "calib")}
+    for path in files.values():
+        path.write_text("[multiples]\n'*' = 4\n")
+    options = Options(targets={"latency": 0.5}, **{name: str(path) for name, path in files.items()})
+    before = parcels.settings(options)
+    files[changed].write_text("[multiples]\n'*' = 8\n")
+    after = parcels.settings(options)
+    assert [name for name in before if before[name] != after[name]] == [changed]
+    moved = files["profile"].rename(tmp_path / "moved.toml")
+    assert parcels.settings(replace(options, profile=str(moved))) == after
+    assert parcels.settings(replace(options, profile="generic"))["profile"] == "generic"
+
+
+def test_resume_runs_again_after_a_profile_or_latency_table_changed(tmp_path: Path) -> None:
+    """The rows follow what the files say now."""
+    profile, table = tmp_path / "p.toml", tmp_path / "t.csv"
+    layers = [node.output[0] for node in onnx.load(MODEL).graph.node if node.op_type in ("Conv", "Gemm")]
+    options: dict[str, Any] = {"jobs": 1, "proof": False, "force": True, "profile": profile, "latency_table": table}
+    found, known = list[list[Row]](), list[Row]()
+    for multiple, ms in ((1, 1), (1, 1), (8, 1), (8, 2)):
+        profiles.load.cache_clear()
+        profile.write_text(f"[multiples]\nConv = {multiple}\n")
+        lines = [f"{layer},1,1,{ms if place == 0 else 1}" for place, layer in enumerate(layers)]
+        table.write_text("\n".join(("layer,inputs,outputs,ms", *lines, "")))
+        known = sweep([MODEL], {"latency": [0.6]}, known=known, **options)
+        assert [row.error for row in known] == [""]
+        found.append(known)
+    assert found[0] == found[1]
+    assert len({rows_[0].run for rows_ in found}) == 3
+    assert found[0][0].mac != found[2][0].mac
+
+
 def test_changed_external_data_is_another_model(tmp_path: Path) -> None:
     """A model whose weights lie beside it is run again when they change."""
     model = tmp_path / "m.onnx"
@@ -522,6 +560,25 @@ def test_dask_gives_the_rows_of_this_machine(scheduler: str, tmp_path: Path, shi
     for here, there in zip(local, remote, strict=True):
         if here.ok:
             assert Path(here.output).read_bytes() == Path(there.output).read_bytes()
+
+
+def test_everything_that_options_name_is_sent(tmp_path: Path) -> None:
+    """A worker without the folder gets profile and latency table, too, and its row is the same."""
+    profile, table = tmp_path / "p.toml", tmp_path / "t.csv"
+    profile.write_text("[multiples]\nConv = 4\n")
+    layers = [node.output[0] for node in onnx.load(MODEL).graph.node if node.op_type in ("Conv", "Gemm")]
+    table.write_text("\n".join(("layer,inputs,outputs,ms", *(f"{layer},1,1,1" for layer in layers), "")))
+    options = Options(targets={"latency": 0.6}, profile=str(profile), latency_table=str(table), proof=False)
+    shared = {"data": None, "metrics": (), "reading": quality.Reading(), "threads": 1, "whole": False}
+    (asked,) = _runs([MODEL], [options], shared, None)
+    here = execute(asked).row
+    ((asked, *sent),) = _calls([asked], ship=True)
+    for path in (profile, table):
+        path.unlink()
+    profiles.load.cache_clear()
+    there = execute(asked, *sent).row
+    assert there.ok, there.error
+    assert replace(there, seconds=0) == replace(here, seconds=0)
 
 
 def test_dask_from_the_command_line(scheduler: str, tmp_path: Path) -> None:
