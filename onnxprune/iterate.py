@@ -173,7 +173,7 @@ def _begin(
             path, validation, metric, reference=original, reading=reading, provider=options.provider
         )
 
-    goals = {kind: budget.limit(kind) for kind in options.targets}
+    goals = {kind: budget.limit(kind) for kind in budget.kinds}  # effective MAC, too: shares of the original's
     goals = goals or {"mac": pipeline.floor(loaded, options)["mac"]}
     first = measure(original)
     settings = {

@@ -29,7 +29,7 @@ from onnxprune.latency import read_tables, with_latency
 from onnxprune.memory import peak_memory
 from onnxprune.model import Model
 from onnxprune.options import Clock, ModelLike, Options, Progress, silent
-from onnxprune.passes.align import foreign
+from onnxprune.passes.align import foreign, locked, permitted
 from onnxprune.passes.apply import apply as apply_plan
 from onnxprune.passes.calibrate import Feeds
 from onnxprune.passes.compensate import Compensation, Mode, compensate
@@ -272,7 +272,12 @@ def finish(run: Ready, options: Options, clock: Clock, progress: Progress = sile
     if "size" in options.targets:
         after["bytes"] = round(storage.size_of(pruned) - overhead)
     timed_after = _latency(loaded, keep)
-    notes = (*loaded.notes(pruned), *run.notes, *_foreign(loaded, options), *runtime.provider_notes(options.provider))
+    notes = (
+        *loaded.notes(pruned),
+        *run.notes,
+        *_hardware_notes(loaded, options),
+        *runtime.provider_notes(options.provider),
+    )
     if raced is not None:
         share = options.targets["latency"] <= 1
         timed_after = {"latency": raced.ratio * before["latency"] if share else raced.after}
@@ -344,15 +349,21 @@ def _make_in_time(
     )
 
 
-def _foreign(loaded: Loaded, options: Options) -> tuple[str, ...]:
-    """Say what a hard profile does not take of the model as it is."""
+def _hardware_notes(loaded: Loaded, options: Options) -> tuple[str, ...]:
+    """Say what the profile keeps whole, and what a hard one does not take of the model as it is."""
     hardware = options.hardware
-    found = foreign(loaded.coupling, hardware) if hardware and hardware.hard else []
-    if not found:
+    if hardware is None:
         return ()
+    name = options.profile or f"blocks of {BLOCK}"
+    whole = locked(loaded.coupling, permitted(loaded.coupling, hardware))
+    few = ", ".join(whole[:5]) + (f" and {len(whole) - 5} more" if len(whole) > 5 else "")
+    stay = (f"{name} leaves {few} whole: no other count suits every operator",) if whole else ()
+    found = foreign(loaded.coupling, hardware) if hardware.hard else []
+    if not found:
+        return stay
     shown = [f"{d.work.node.title} ({length(d.axis)} {'outputs' if d.side else 'inputs'})" for d in found[:3]]
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return (f"{options.profile} does not take the channels of {', '.join(shown)}{more} as they are in the model",)
+    return (*stay, f"{name} does not take the channels of {', '.join(shown)}{more} as they are in the model")
 
 
 HINT = "64 real inputs without labels (--calib) would keep far more quality than weights alone can tell"
@@ -456,7 +467,7 @@ def inspect(model: ModelLike, options: Options | None = None, **chosen: Any) -> 
     described = describe(loaded, options, every, scores.value, clock)
     found = prices(loaded.coupling, loaded.cost, scores, PRESETS[options.preset], options.limits(loaded.coupling))
     curve = tuple(report.Price(mac, lost) for mac, lost in found)
-    notes = (*loaded.prepared, *loaded.coupling.model.notes, *_foreign(loaded, options))
+    notes = (*loaded.prepared, *loaded.coupling.model.notes, *_hardware_notes(loaded, options))
     return replace(described, curve=curve, notes=notes)
 
 

@@ -66,6 +66,16 @@ def test_steps_lead_to_the_target_exactly(tmp_path: pathlib.Path) -> None:
     assert stub.asked == [("iteration-001", False), ("iteration-002", False), ("iteration-003", True)]
 
 
+def test_effective_mac_are_shares_of_the_original(tmp_path: pathlib.Path) -> None:
+    """Under a profile that rounds up, steps reach what one prune of the original reaches: none counts from the last one."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text("[array]\n'*' = 24")
+    done = loop(tmp_path, 0.6, Pace(step=0.1), profile=str(mine))
+    assert done.reached
+    once = onnxprune.prune(MODEL, target_mac=0.6, profile=str(mine), proof=False).report
+    assert abs(done.share - once.after["mac"] / once.before["mac"]) < 0.1
+
+
 def test_the_plan_is_against_the_original(tmp_path: pathlib.Path) -> None:
     """After several compensated steps one plan makes the result of the original, and verify proves it."""
     done = loop(tmp_path, 0.5, Pace(step=0.3, max_drop=5.0))
