@@ -458,7 +458,7 @@ def _run(given: dict[str, Any]) -> Iterator[tuple[Console, Options]]:
 MODELS = ("model", "models", "original", "pruned", "a", "b", "reference")
 FILES = ("calib", "data", "data_path", "val", "sensitivity", "latency_table", "profile", "encodings", "plan", "map_path",
          "source", "directory")  # fmt: skip
-WRITTEN = ("out", "json_path", "html_path", "plan_out", "encodings_out", "csv_path", "plot")
+OUTPUTS = ("out", "json_path", "html_path", "plan_out", "encodings_out", "csv_path", "plot")
 """Parameters of all commands that name models and other files to read, and files to write."""
 
 _CONFIG = "onnxprune.config"  # where click keeps the path of --config
@@ -475,7 +475,7 @@ def _check_writes(given: dict[str, Any]) -> None:
     taken = {
         pathlib.Path(path).resolve() for path in (*_paths(named, MODELS + FILES), context.meta.get(_CONFIG)) if path
     }
-    targets = [path for path in _paths(named, WRITTEN) if path != "-"]
+    targets = [path for path in _paths(named, OUTPUTS) if path != "-"]
     # Only a file that is there can hold a model's data, and only then is a model worth reading twice.
     data = _data_of(_paths(named, MODELS)) if any(pathlib.Path(path).is_file() for path in targets) else set()
     for path in sorted(targets, key=lambda path: path == report_path):

@@ -27,7 +27,7 @@ def report(source: str, **given: Any) -> None:
     Example:  onnxprune report r.json
     """
     path = pathlib.Path(source)
-    target = pathlib.Path(given["html_path"] or path.with_suffix(".html"))
+    target = pathlib.Path(given["html_path"] or path.parent / f"{path.stem}.html")
     given |= {"json_path": None, "html_path": str(target)}
     with cli._run(given):
         if not path.is_file():
