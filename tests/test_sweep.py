@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 import onnxprune
 from commands import ok, run
 from onnxprune import parcels, pipeline, quality, runtime, sweep, workers
-from onnxprune import profile as profiles
 from onnxprune.errors import FileError, OnnxPruneError, UsageError
 from onnxprune.options import Options
 from onnxprune.report import pareto, rows
@@ -422,7 +421,6 @@ def test_resume_runs_again_after_a_profile_or_latency_table_changed(tmp_path: Pa
     options: dict[str, Any] = {"jobs": 1, "proof": False, "force": True, "profile": profile, "latency_table": table}
     found, known = list[list[Row]](), list[Row]()
     for multiple, ms in ((1, 1), (1, 1), (8, 1), (8, 2)):
-        profiles.load.cache_clear()
         profile.write_text(f"[multiples]\nConv = {multiple}\n")
         lines = [f"{layer},1,1,{ms if place == 0 else 1}" for place, layer in enumerate(layers)]
         table.write_text("\n".join(("layer,inputs,outputs,ms", *lines, "")))
@@ -575,7 +573,6 @@ def test_everything_that_options_name_is_sent(tmp_path: Path) -> None:
     ((asked, *sent),) = _calls([asked], ship=True)
     for path in (profile, table):
         path.unlink()
-    profiles.load.cache_clear()
     there = execute(asked, *sent).row
     assert there.ok, there.error
     assert replace(there, seconds=0) == replace(here, seconds=0)
