@@ -66,7 +66,9 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 def offers_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An onnxruntime that lists CUDA."""
     monkeypatch.setattr(runtime.onnxruntime, "get_available_providers", lambda: [runtime.CUDA, runtime.CPU])
+    runtime.works.cache_clear()
     yield
+    runtime.works.cache_clear()
 
 
 @pytest.fixture
