@@ -29,7 +29,7 @@ SHARES = (0.25, 0.5, 1.0)
 
 ROUNDS = 7
 
-SECONDS = 20.0
+SECONDS = 45.0
 LEAST = 7
 PRECISION = 0.004
 """A race ends when the standard error of the ratio is that small, or after so many seconds, but not before LEAST pairs."""
