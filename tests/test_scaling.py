@@ -46,7 +46,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def test_coupling_is_linear(of_nodes: Callable) -> None:
     """Reading and coupling four times as many nodes takes less than eight times as long (sixteen, were it the square)."""
-    small, large = of_nodes(1000), of_nodes(4000)
+    small, large = of_nodes(500), of_nodes(2000)
     assert 3.6 < len(large.graph.node) / len(small.graph.node) < 4.4
     times = [seconds(lambda m=m: pipeline.load(m, onnxprune.Options(), pipeline.Clock())) for m in (small, large)]
     assert times[1] / times[0] < 8
@@ -54,6 +54,6 @@ def test_coupling_is_linear(of_nodes: Callable) -> None:
 
 def test_pruning_is_not_quadratic(of_nodes: Callable) -> None:
     """Selecting and applying, too, takes less than nine times as long on four times as many nodes."""
-    models = [of_nodes(count) for count in (500, 2000)]
+    models = [of_nodes(count) for count in (300, 1200)]
     times = [seconds(lambda m=m: onnxprune.prune(m, target_mac=0.7, proof=False)) for m in models]
     assert times[1] / times[0] < 9
