@@ -414,16 +414,27 @@ def test_files_of_options_stand_for_what_they_hold(tmp_path: Path, changed: str)
     assert parcels.settings(replace(options, profile="generic"))["profile"] == "generic"
 
 
+def _latency_table(path: Path, first: float = 1.0) -> None:
+    """One row of 1 ms per layer of the model, the first one with its own."""
+    graph = onnx.load(MODEL).graph
+    shapes = {weight.name: weight.dims for weight in graph.initializer}
+    lines = ["layer,inputs,outputs,ms"]
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            outputs, inputs, *_ = shapes[node.input[1]]
+            group = next((a.i for a in node.attribute if a.name == "group"), 1)
+            lines.append(f"{node.output[0]},{inputs * group},{outputs},{first if len(lines) == 1 else 1}")
+    path.write_text("\n".join((*lines, "")))
+
+
 def test_resume_runs_again_after_a_profile_or_latency_table_changed(tmp_path: Path) -> None:
     """The rows follow what the files say now."""
     profile, table = tmp_path / "p.toml", tmp_path / "t.csv"
-    layers = [node.output[0] for node in onnx.load(MODEL).graph.node if node.op_type in ("Conv", "Gemm")]
     options: dict[str, Any] = {"jobs": 1, "proof": False, "force": True, "profile": profile, "latency_table": table}
     found, known = list[list[Row]](), list[Row]()
     for multiple, ms in ((1, 1), (1, 1), (8, 1), (8, 2)):
         profile.write_text(f"[multiples]\nConv = {multiple}\n")
-        lines = [f"{layer},1,1,{ms if place == 0 else 1}" for place, layer in enumerate(layers)]
-        table.write_text("\n".join(("layer,inputs,outputs,ms", *lines, "")))
+        _latency_table(table, first=ms)
         known = sweep([MODEL], {"latency": [0.6]}, known=known, **options)
         assert [row.error for row in known] == [""]
         found.append(known)
@@ -564,8 +575,7 @@ def test_everything_that_options_name_is_sent(tmp_path: Path) -> None:
     """A worker without the folder gets profile and latency table, too, and its row is the same."""
     profile, table = tmp_path / "p.toml", tmp_path / "t.csv"
     profile.write_text("[multiples]\nConv = 4\n")
-    layers = [node.output[0] for node in onnx.load(MODEL).graph.node if node.op_type in ("Conv", "Gemm")]
-    table.write_text("\n".join(("layer,inputs,outputs,ms", *(f"{layer},1,1,1" for layer in layers), "")))
+    _latency_table(table)
     options = Options(targets={"latency": 0.6}, profile=str(profile), latency_table=str(table), proof=False)
     shared = {"data": None, "metrics": (), "reading": quality.Reading(), "threads": 1, "whole": False}
     (asked,) = _runs([MODEL], [options], shared, None)
