@@ -215,10 +215,24 @@ LUMA = ("--channels", "y", "--round-bits", "8")
             "denoise-psnr", "denoise", "set12_denoise", "dncnn_s25", 2, ("--output", "residual", "--clip"), id="dncnn"
         ),
         pytest.param(
-            "sr-psnr", "super-resolution", "set5_y_x3", "vdsr", 1, ("--clip", "--crop-border", 3), id="vdsr-x3"
+            "sr-psnr",
+            "super-resolution",
+            "set5_y_x3",
+            "vdsr",
+            1,
+            ("--clip", "--crop-border", 3),
+            id="vdsr-x3",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
-            "sr-psnr", "super-resolution", "set5_rgb_x2", "imdn_x2", 2, ("--clip", "--crop-border", 2, *LUMA), id="imdn"
+            "sr-psnr",
+            "super-resolution",
+            "set5_rgb_x2",
+            "imdn_x2",
+            2,
+            ("--clip", "--crop-border", 2, *LUMA),
+            id="imdn",
+            marks=pytest.mark.slow,
         ),
     ],
 )

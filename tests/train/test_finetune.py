@@ -143,9 +143,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def test_a_killed_run_goes_on_to_the_same_end(pruned: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(pruned: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """What the command writes where nothing happens to it."""
+    out = tmp_path_factory.mktemp("undisturbed") / "whole.onnx"
+    subprocess.run(command(pruned, out), check=True, env=environment())
+    return out
+
+
+def test_a_killed_run_goes_on_to_the_same_end(
+    pruned: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     """Killed after its second epoch and started again, a run ends with the weights of one that nothing disturbed."""
-    subprocess.run(command(pruned, tmp_path / "whole.onnx"), check=True, env=environment())
     out = tmp_path / "killed.onnx"
     process = subprocess.Popen(command(pruned, out), env=environment())
     rows = out.with_name("killed.onnx.training") / "metrics.csv"
@@ -159,7 +168,7 @@ def test_a_killed_run_goes_on_to_the_same_end(pruned: pathlib.Path, tmp_path: pa
     assert not out.exists()
     again = subprocess.run(command(pruned, out), check=True, env=environment(), capture_output=True, text=True)
     assert "went on after epoch" in again.stdout
-    assert close(tmp_path / "whole.onnx", out)
+    assert close(undisturbed, out)
     assert len(rows.read_text().splitlines()) == 13
 
 
@@ -184,14 +193,13 @@ def test_a_broken_checkpoint_says_so(pruned: pathlib.Path, tmp_path: pathlib.Pat
     assert (folder / states.CHECKPOINT).read_bytes() == b"nothing"
 
 
-def test_two_processes_train_as_one(pruned: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_two_processes_train_as_one(pruned: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Under torchrun with two processes over gloo the result is that of one process, but for rounding."""
     port = 29500 + os.getpid() % 2000
     start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    one, two = command(pruned, tmp_path / "one.onnx"), command(pruned, tmp_path / "two.onnx")
-    subprocess.run(one, check=True, env=environment())
-    subprocess.run([two[0], *start, *two[1:]], check=True, env=environment(), stderr=subprocess.DEVNULL)
-    assert close(tmp_path / "one.onnx", tmp_path / "two.onnx")
+    words = command(pruned, tmp_path / "two.onnx")
+    subprocess.run([words[0], *start, *words[1:]], check=True, env=environment(), stderr=subprocess.DEVNULL)
+    assert close(undisturbed, tmp_path / "two.onnx")
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------------
