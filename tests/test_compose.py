@@ -73,7 +73,7 @@ def test_trained_fixtures(name: str) -> None:
     check(FIXTURES / name / f"{name}.onnx")
 
 
-@pytest.mark.parametrize("name", ["digits", "denoise"])
+@pytest.mark.parametrize("name", ["digits", pytest.param("denoise", marks=pytest.mark.slow)])
 def test_compensated_steps_verify(name: str) -> None:
     """Where each step fits the weights to calibration data, what both made still verifies by the composed plan."""
     path = FIXTURES / name / f"{name}.onnx"

@@ -65,7 +65,7 @@ def clone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     return tmp_path
 
 
-SLOW = {"sensitivity.md"}  # minutes
+SLOW = {"sensitivity.md", "howto/guard.md"}  # minutes
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in PAGES])

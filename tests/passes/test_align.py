@@ -114,8 +114,16 @@ def model(name: str) -> ModelProto:
     return wide.get(name, architectures.ALL.get(name))()
 
 
-@pytest.mark.parametrize("hardware", [*profiles.names(), "fours", "eights"])
-@pytest.mark.parametrize("name", MODELS)
+HARDWARE = (*profiles.names(), "fours", "eights")
+
+
+def halves() -> Iterator:
+    """Every model under every profile; every other pair where there is time for it, so that none is left out."""
+    for (row, name), (column, hardware) in product(enumerate(MODELS), enumerate(HARDWARE)):
+        yield pytest.param(name, hardware, marks=[pytest.mark.slow] if (row + column) % 2 else [])
+
+
+@pytest.mark.parametrize(("name", "hardware"), [*halves()])
 def test_every_operator_obeys_the_profile(name: str, hardware: str) -> None:
     """Halfway to the floor, no convolution or product has a changed count that the profile forbids."""
     own = {"fours": FOURS, "eights": EIGHTS}.get(hardware) or profiles.load(hardware)
