@@ -191,7 +191,8 @@ def test_the_command_tells_everything(tmp_path: pathlib.Path) -> None:
     """Table of steps, Table 1's row, plan, report and plot; quality by default as the data allows."""
     out, plan, report = tmp_path / "out.onnx", tmp_path / "plan.json", tmp_path / "report.json"
     found = ok("iterate", MODEL, out, "--target-mac", 0.7, "--data", EVAL, "--trainer", COPY, "--calib", CALIB,
-               "--criterion", "l2", "--compensate", "bias", "--plan-out", plan, "--json", report, "--plot", tmp_path / "path.svg")  # fmt: skip
+               "--criterion", "l2", "--compensate", "bias", "--plan-out", plan, "--json", report,
+               "--plot", tmp_path / "path.svg")  # fmt: skip
     assert "top1" in found.output
     assert "activations 1e6" in found.output
     assert "--val takes other data" in found.output
