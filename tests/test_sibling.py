@@ -88,8 +88,15 @@ MODELS: dict[str, Callable[[], ModelProto]] = {
 # -- replay ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processed", [False, True], ids=["as-is", "pre-processed"])
-@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+@pytest.mark.parametrize(
+    ("form", "processed"),
+    [
+        pytest.param("QDQ", False, id="QDQ-as-is"),
+        pytest.param("QDQ", True, id="QDQ-pre-processed", marks=pytest.mark.slow),
+        pytest.param("QOperator", False, id="QOperator-as-is", marks=pytest.mark.slow),
+        pytest.param("QOperator", True, id="QOperator-pre-processed"),
+    ],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_plan_of_the_float_model_replays(quantise: Quantise, name: str, form: str, processed: bool) -> None:
     """Pruning a sibling by the float model's plan gives what quantising the pruned float model gives, but for rounding.
