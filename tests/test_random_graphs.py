@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from math import prod
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
@@ -15,7 +17,7 @@ import onnxprune
 import oracle
 from onnxprune import BudgetError
 from onnxprune.coupling import Coupling
-from random_graphs import graphs, measured, seeded_net, valid
+from random_graphs import deep_graphs, feeds, graphs, input_shapes, measured, seeded_net, valid
 
 EXAMPLES = settings(
     max_examples=50,
@@ -27,7 +29,10 @@ EXAMPLES = settings(
 SEEN = 120
 """How many of the supported operators the graphs of the coverage test must have."""
 MIXING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-OTHERS = frozenset(["Einsum", "LSTM", "GRU", "RNN", "Attention"])
+OTHERS = frozenset(["Einsum", "LSTM", "GRU", "RNN", "Attention", "If", "Loop", "Scan"])
+SCOPES = frozenset(["If", "Loop", "Scan"])
+FREE = re.compile(r"l\d+\.free\.w$")
+"""Weights whose outputs nothing but the next layer reads."""
 JUMPING = frozenset(
     ["Ceil", "Floor", "Round", "Sign", "Mod", "Cast", "CastLike", "Hardmax", "TopK", "Where", "QuantizeLinear"]
 )
@@ -38,9 +43,9 @@ def macs_of(model: ModelProto) -> int | None:
 
     None where other operators than convolutions and products multiply.
     """
-    values = measured(model)
-    if any(node.op_type in OTHERS for node in model.graph.node):
+    if model.functions or any(node.op_type in OTHERS for node in model.graph.node):
         return None
+    values = measured(model)
     live = {output.name for output in model.graph.output}
     total = 0
     for node in reversed(model.graph.node):
@@ -61,10 +66,11 @@ def macs_of(model: ModelProto) -> int | None:
 def check_prune(model: ModelProto, target: float, preset: str) -> str:
     """Prune to a share of the MAC: the result is valid, proved and within the target, or the target is out of reach."""
     counted, given_bytes = macs_of(model), model.SerializeToString()
-    before = onnxprune.inspect(model).before["mac"]
+    shapes = input_shapes(model)
+    before = onnxprune.inspect(model, input_shapes=shapes).before["mac"]
     assert counted in (None, before)
     try:
-        result = onnxprune.prune(model, target_mac=target, preset=preset)
+        result = onnxprune.prune(model, target_mac=target, preset=preset, input_shapes=shapes)
     except BudgetError as error:
         assert error.floor > target * before * (1 - 1e-9)
         assert f"{100 * error.floor / before:.4g} % remains" in str(error)
@@ -92,25 +98,32 @@ def alone(coupling: Coupling) -> Iterator[Coupling]:
 
 def check_units(model: ModelProto, seed: int, most: int) -> int:
     """Whatever is free can be removed by itself: one channel of a single group, then of several groups, then most of all."""
-    coupling, rng = oracle.couple_proto(model), np.random.default_rng(seed)
+    loaded, rng = oracle.load(model, input_shapes(model)), np.random.default_rng(seed)
+    coupling = loaded.coupling
+    if loaded.proto is not model:
+        assert_same(model, loaded.proto)
+    must = [name for name, _ in coupling.ledger.constants if FREE.match(name)]
+    bound = [name for name in must if coupling.frozen[oracle.constant_axes(coupling)[f"{name}/1"]].any()]
+    assert not bound, f"frozen without need: {bound}"
     keeps = [oracle.random_keep(single, rng, share=0.0) for single in alone(coupling)]
     keeps = [keeps[i] for i in rng.permutation(len(keeps))[:most]]
     keeps += [oracle.random_keep(coupling, rng, share=0.0, spare=0.5), oracle.random_keep(coupling, rng, share=0.7)]
     keeps = [keep for keep in keeps if not keep.all()]
     for keep in keeps:
-        pruned = oracle.prune_to(model, coupling, keep)
+        pruned = oracle.prune_loaded(loaded, keep)
         assert pruned.proof.ok, pruned.proof.failures
         oracle.check(pruned.model)
-        if masks(model, coupling, keep):
-            compare(model, pruned)
+        if masks(loaded.proto, coupling, keep):
+            compare(loaded.proto, pruned)
     return len(keeps)
 
 
 def masks(model: ModelProto, coupling: Coupling, keep: np.ndarray) -> bool:
     """Whether zeros in weights say what pruning means: all that shrinks ends in a constant, and nothing jumps on the way."""
-    if any(node.op_type in JUMPING | OTHERS for node in model.graph.node):
+    nodes = list(oracle.every_node(model.graph))
+    if any(node.op_type in JUMPING | OTHERS - SCOPES for node in nodes):
         return False
-    makers, values = {name: node for node in model.graph.node for name in node.output}, dict(oracle.constants_of(model))
+    makers, values = {name: node for node in nodes for name in node.output}, dict(oracle.constants_of(model))
     for c in coupling.contractions:
         axis = coupling.axes(c.node.inputs[c.input])[c.axis]
         if len(coupling.kept(axis, keep)) == coupling.model.shapes[c.node.inputs[c.input]][c.axis]:
@@ -127,19 +140,38 @@ def masks(model: ModelProto, coupling: Coupling, keep: np.ndarray) -> bool:
 
 def compare(model: ModelProto, pruned: oracle.Pruned) -> None:
     """The pruned graph as a whole equals the original whose weights are masked, also at another batch size."""
-    declared = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
-    for batch in (1, 2) if 0 in declared else (1,):
-        rng = np.random.default_rng(batch)
-        dims = [size or batch for size in declared]
-        feeds = {"x": rng.standard_normal(dims).astype(np.float32)}
+    for given_ in several(model):
+        agree(oracle.run(pruned.model, given_), oracle.masked_reference(model, pruned.plan, given_))
+
+
+def assert_same(model: ModelProto, prepared: ModelProto) -> None:
+    """What a model is rewritten to before it is pruned computes the same."""
+    for given_ in several(model):
+        agree(oracle.run(prepared, given_), oracle.run(model, given_))
+
+
+def several(model: ModelProto) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs of every batch size that a model takes, of one and two."""
+    for batch in (1, 2) if any(dim == "N" for dim in dims(model)) else (1,):
+        given_ = feeds(model, batch, batch)
         try:
-            oracle.run(model, feeds)
+            oracle.run(model, given_)
         except oracle.BROKEN:
             continue  # a batch size is written into it
-        wanted = oracle.masked_reference(model, pruned.plan, feeds)
-        for have, want in zip(oracle.run(pruned.model, feeds), wanted, strict=True):
-            assert have.shape == want.shape
-            np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-3 * np.abs(want).max(initial=1e-3))
+        yield given_
+
+
+def dims(model: ModelProto) -> Iterator[str]:
+    """Names of the open lengths of inputs."""
+    for value in model.graph.input:
+        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+
+
+def agree(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """Outputs are equal up to rounding."""
+    for have, want in zip(actual, expected, strict=True):
+        assert have.shape == want.shape
+        np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-3 * np.abs(want).max(initial=1e-3))
 
 
 @EXAMPLES
@@ -154,6 +186,23 @@ def test_random_graphs_prune_or_say_why_not(model: ModelProto, target: float, pr
 def test_what_is_free_can_be_removed_alone(model: ModelProto, seed: int) -> None:
     """Every group that coupling calls free can lose a channel while all others stay: it proves, and equals masking."""
     check_units(model, seed, most=4)
+
+
+@settings(EXAMPLES, max_examples=8)
+@given(deep_graphs(), st.floats(0.2, 1.0), st.sampled_from("abcd"))
+def test_graphs_of_several_scopes_prune_or_say_why_not(model: ModelProto, target: float, preset: str) -> None:
+    """Control flow, functions and streams of several alignments: both properties hold."""
+    check_prune(model, target, preset)
+    check_units(model, seed=0, most=2)
+
+
+@pytest.mark.slow
+@settings(EXAMPLES, max_examples=300)
+@given(deep_graphs(), st.floats(0.2, 1.0), st.sampled_from("abcd"), st.integers(0, 9))
+def test_many_graphs_of_several_scopes(model: ModelProto, target: float, preset: str, seed: int) -> None:
+    """The same for many (``tools/fuzz.py --deep`` runs as many as wanted)."""
+    check_prune(model, target, preset)
+    check_units(model, seed, most=6)
 
 
 def test_random_graphs_reach_nearly_every_operator() -> None:
