@@ -25,6 +25,7 @@ from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
 from onnxprune.pipeline import Loaded
 from onnxprune.plan import Plan, make_plan
+from onnxprune.protos import every_node
 
 
 def _is_error(value: object) -> bool:
@@ -251,14 +252,6 @@ def masked_reference(
             zeroed = _zeroed(array, axis, slices.get(perm[axis]))
             masked.graph.initializer.append(numpy_helper.from_array(zeroed, node.input[index]))
     return run(masked, feeds)
-
-
-def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yield every node, those of bodies included."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            yield from every_node(attribute.g)
 
 
 def constants_of(model: ModelProto) -> Iterator[tuple[str, np.ndarray]]:

@@ -17,6 +17,7 @@ import onnxprune
 import oracle
 from onnxprune import BudgetError
 from onnxprune.coupling import Coupling
+from onnxprune.protos import every_node
 from random_graphs import deep_graphs, feeds, graphs, input_shapes, measured, seeded_net, valid
 
 EXAMPLES = settings(
@@ -120,7 +121,7 @@ def check_units(model: ModelProto, seed: int, most: int) -> int:
 
 def masks(model: ModelProto, coupling: Coupling, keep: np.ndarray) -> bool:
     """Whether zeros in weights say what pruning means: all that shrinks ends in a constant, and nothing jumps on the way."""
-    nodes = list(oracle.every_node(model.graph))
+    nodes = list(every_node(model.graph))
     if any(node.op_type in JUMPING | OTHERS - SCOPES for node in nodes):
         return False
     makers, values = {name: node for node in nodes for name in node.output}, dict(oracle.constants_of(model))

@@ -59,6 +59,11 @@ class Deep(Net):
         self.types[name] = TypeProto.FromString(self.types[like].SerializeToString())
         return self.to(name, self.axis[like]) if like in self.axis else name
 
+    def named(self, *words: str) -> list[str]:
+        """Names for what a body is given."""
+        self.enclosed += 1
+        return [f"{word}{self.number}" for word in words]
+
     def plain(self, op: str, *inputs: str, outputs: int = 1, **attributes: object):
         """Add a node whose results' types are not inferred."""
         return Tiny.node(self, op, *inputs, name=f"{op.lower()}{self.number}", outputs=outputs, **attributes)
@@ -123,7 +128,7 @@ def choose_branch(g: Deep, x: str) -> str:
 
 def loop(g: Deep, x: str) -> str:
     """Repeat a body on a state a few times, perhaps until something holds; perhaps collect what it computes."""
-    number, flag, state = f"i{g.number}", f"go{g.number}", f"state{g.number}"
+    number, flag, state = g.named("i", "go", "state")
     g.types[number] = helper.make_tensor_type_proto(TensorProto.INT64, ())
     g.types[flag] = helper.make_tensor_type_proto(TensorProto.BOOL, ())
     g.known(state, x)
@@ -165,7 +170,7 @@ def scan(g: Deep, x: str) -> str:
     axis, keeping = g.pick(*places), g.chance()
     where = g.axis[x] - (axis < g.axis[x])
     shape = tuple(size for a, size in enumerate(g.shape(x)) if a != axis)
-    piece, state = f"piece{g.number}", f"sum{g.number}"
+    piece, state = g.named("piece", "sum")
     for name in (piece, state):
         g.types[name] = helper.make_tensor_type_proto(TensorProto.FLOAT, shape)
         g.to(name, where)
@@ -191,7 +196,7 @@ def call(g: Deep, x: str) -> str:
     """A local function, called once, twice in a row, or with weights as operands; it may hold bodies, not calls."""
     if g.sealed:
         return activate(g, x)
-    name, formal = f"Part{g.number}", f"formal{g.number}"
+    name, formal = g.named("Part", "formal")
     g.known(formal, x)
     weights = [f"{name}.weight"] if len(g.shape(x)) > 1 and g.axis[x] == len(g.shape(x)) - 1 and g.chance() else []
     size = g.channels(x)
