@@ -24,11 +24,13 @@ from .scopes import NESTING, Deep
 from .steps import ELEMENTS, LAYERS, activate, layer, normalise
 from .streams import STREAMS
 
-__all__ = ["deep_graphs", "deep_net", "feeds", "graphs", "input_shapes", "measured", "seeded_net", "valid"]
+__all__ = [
+    "deep_graphs", "feeds", "graphs", "input_shapes", "measured", "seeded_deep_net", "seeded_net", "valid",
+]  # fmt: skip
 
 OPSETS = (17, 21, 13, 24, 11, 9)
 STEPS: tuple[Step, ...] = (*LAYERS, *BLOCKS, *MOVES, *BLOCKS[:5], *ELEMENTS, normalise, *LAYERS[:2], *RARE)
-DEEP: tuple[Step, ...] = (*NESTING * 3, *STREAMS * 3, *STEPS)
+DEEP: tuple[Step, ...] = (*NESTING * 5, *STREAMS * 3, *STEPS)
 BYTES = 48  # as many decisions as one step or a header takes, nearly always
 DEEP_BYTES = 96
 SHAPES = ((2, 4, 6), (5, 4), (4, 4, 4), (3, 3, 2, 3), (6,), (1, 8, 4))
@@ -65,6 +67,12 @@ def grown(g: Any, decisions: Sequence[bytes]) -> Any:
     read = {name for node in g.nodes for name in reads(node)}
     g.pool = [head(g, y) for y in [y for y in g.pool if y not in read][-3:] or g.pool[-1:]]
     return g
+
+
+def seeded_deep_net(seed: int) -> Deep:
+    """Build a graph of several scopes from a seed."""
+    rng = np.random.default_rng(seed)
+    return deep_net(rng.bytes(DEEP_BYTES), [rng.bytes(DEEP_BYTES) for _ in range(rng.integers(2, 7))])
 
 
 def seeded_net(seed: int) -> Net:

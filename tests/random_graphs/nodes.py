@@ -56,7 +56,7 @@ class Nodes(Tiny):
         self.values: dict[str, np.ndarray] = {}
         self.stored: dict[tuple[int, ...], str] = {}
         self.storing: tuple[str, ...] = STORED
-        self.enclosed = 0
+        self.enclosed = self.n_constants = 0
 
     @property
     def number(self) -> int:
@@ -111,7 +111,8 @@ class Nodes(Tiny):
 
     def constant(self, values: ArrayLike, name: str | None = None) -> str:
         """Add an initializer (or a Constant node)."""
-        name = super().constant(values, name or f"constant{self.number}.{len(self.initializers)}")
+        self.n_constants += 1
+        name = super().constant(values, name or f"constant{self.n_constants}")
         tensor = self.initializers[-1]
         self.types[name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
         if prod(tensor.dims) <= 64:

@@ -14,6 +14,7 @@ from .steps import activate, layer
 
 LOCAL = "local"
 MAX_NESTED = 3
+STEPS_INSIDE = 60
 
 
 class Deep(Net):
@@ -35,13 +36,15 @@ class Deep(Net):
     def within(self, build: Callable[[], Sequence[str]], inputs: Sequence[ValueInfoProto] = ()) -> GraphProto:
         """Let ``build`` add nodes to a body, which may read what is outside; its weights lie inside or outside."""
         nodes, initializers, pool, stored = self.nodes, self.initializers, self.pool, dict(self.stored)
-        self.enclosed = self.number
+        self.enclosed, steps = self.number, self.steps
+        self.steps = (*NESTING[:3] * 8, *steps[-STEPS_INSIDE:])
         self.nodes, self.initializers, self.pool = [], [], [*self.pool, *self.pool]
         self.nested += 1
         results = [self._own(name) for name in build()]
         self.nested -= 1
         inner, weights, number = self.nodes, self.initializers, self.number + 1
         self.nodes, self.initializers, self.pool, self.stored = nodes, initializers, pool, stored
+        self.steps = steps
         self.enclosed = number - len(nodes)
         if self.chance(3) and not self.sealed:
             self.initializers, weights = [*self.initializers, *weights], []

@@ -77,9 +77,10 @@ def tied(g: Net, x: str) -> str:
     y = activate(g, g.to(g.node("MatMul", x, matrix), 2))
     shift = g.random(wide, name=f"{name}.both", scale=0.4)
     y = g.node("Add", y, shift)
-    y = g.node("Mul", g.step(y) if g.chance(3) else activate(g, y), shift) if g.chance() else y
+    y = g.step(y) if g.chance(3) else activate(g, y)
     if g.channels(y) != wide or len(g.shape(y)) != 3 or g.axis[y] != 2:
         return y
+    y = g.node("Mul", y, shift) if g.chance() else y
     return g.to(g.node("MatMul", y, g.node("Transpose", matrix, perm=[1, 0])), 2)
 
 
@@ -90,20 +91,18 @@ def measured_out(g: Net, x: str) -> str:
     length = g.node("Gather", g.node("Shape", x), g.constant([axis]), axis=0)
     g.values[length] = np.array([shape[axis]])
     kind = g.pick("halves", "expand", "whole", "last")
-    if kind == "halves" and shape[axis] % 2 == 0:
-        half = g.node("Div", length, g.constant([2]))
-        g.values[half] = np.array([shape[axis] // 2])
-        ends = g.constant([0]), half
-        first = g.to(g.node("Slice", x, *ends, g.constant([axis])), where)
-        second = g.to(g.node("Slice", x, half, length, g.constant([axis])), where)
-        return g.to(g.node("Add", first, activate(g, second)), where) if g.opset > 9 else x
     if kind == "expand":
         row = g.node("ReduceMax", x, axes=[axis], keepdims=1)
-        return g.to(g.node("Add", x, g.node("Expand", row, g.node("Shape", x))), where)
-    if kind == "whole":
-        scale = g.node("Cast", length, to=1)
-        return g.to(g.node("Div", x, g.node("Sqrt", scale)), where)
-    return g.to(g.node("Slice", x, g.constant([0]), length, g.constant([axis])), where) if g.opset > 9 else x
+        return g.to(g.node("Add", x, g.node("Expand", row, g.like(x))), where)
+    if kind == "whole" or g.opset < 10:
+        return g.to(g.node("Div", x, g.node("Sqrt", g.node("Cast", length, to=1))), where)
+    if kind == "last" or shape[axis] % 2:
+        return g.to(g.node("Slice", x, g.constant([0]), length, g.constant([axis])), where)
+    half = g.node("Div", length, g.constant([2]))
+    g.values[half] = np.array([shape[axis] // 2])
+    first = g.to(g.node("Slice", x, g.constant([0]), half, g.constant([axis])), where)
+    second = g.to(g.node("Slice", x, half, length, g.constant([axis])), where)
+    return g.to(g.node("Add", first, activate(g, second)), where)
 
 
 STREAMS = (streams, tied, measured_out)
