@@ -39,6 +39,7 @@ from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import PRESETS, least_kept, lowest, prices, select
 from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan, owner
 from onnxprune.prepare import inline, prepare
+from onnxprune.protos import every_node
 from onnxprune.report import Report
 from onnxprune.runtime import BLOCK
 from onnxprune.sibling import replayed
@@ -681,9 +682,10 @@ def _apply(loaded: Loaded, plan: Plan, keep: np.ndarray) -> onnx.ModelProto:
         return pruned
     called = apply_plan(loaded.called, loaded.coupling, plan, keep)
     local = {(function.domain, function.name) for function in loaded.called.functions}
-    outside = {name for node in called.graph.node if (node.domain, node.op_type) not in local for name in node.output}
-    inner = [[n for n in model.graph.node if outside.isdisjoint(n.output)] for model in (loaded.proto, pruned)]
-    calls = [[n for n in m.graph.node if (n.domain, n.op_type) in local] for m in (loaded.called, called)]
+    given, sliced = list(every_node(loaded.called.graph)), list(every_node(called.graph))
+    outside = {name for node in sliced if (node.domain, node.op_type) not in local for name in node.output}
+    inner = [[n for n in every_node(m.graph) if outside.isdisjoint(n.output)] for m in (loaded.proto, pruned)]
+    calls = [[n for n in nodes if (n.domain, n.op_type) in local] for nodes in (given, sliced)]
     return called if inner[0] == inner[1] and calls[0] == calls[1] else pruned
 
 

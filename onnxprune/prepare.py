@@ -10,7 +10,7 @@ from onnx import helper, inliner, numpy_helper
 
 from onnxprune.branches import unique_names
 from onnxprune.ops.elementwise import BROADCAST, UNARY
-from onnxprune.protos import constant_tensor, copy_fields, list_as_inputs, reads
+from onnxprune.protos import constant_tensor, copy_fields, every_node, list_as_inputs, reads
 from onnxprune.runtime import Session
 from onnxprune.shapes import infer
 from onnxprune.states import without_zero_states
@@ -55,7 +55,7 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     """Put the bodies of local functions in the place of their calls; return the model itself where there is no call."""
     local = {(function.domain, function.name) for function in model.functions}
-    if not any((node.domain, node.op_type) in local for node in model.graph.node):
+    if not local or not any((node.domain, node.op_type) in local for node in every_node(model.graph)):
         return model
     return inliner.inline_local_functions(model)
 

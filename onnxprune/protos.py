@@ -77,6 +77,14 @@ def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
+def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield every node, those of bodies included."""
+    for node in graph.node:
+        yield node
+        for body in bodies(node):
+            yield from every_node(body)
+
+
 def captures(node: onnx.NodeProto) -> Iterator[str]:
     """Names that the bodies of a node read from outside."""
     for body in bodies(node):

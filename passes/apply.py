@@ -183,18 +183,37 @@ def _drop_dead(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray, pla
     view = View(coupling, keep)
     live = {node.key for node in coupling.model.nodes} | coupling.model.constants.keys()
     gone: set[str] = set()
-    dead = []
-    for index, node in enumerate(graph.node):
-        if live.isdisjoint(node.output) and any(
-            name in gone
-            or name in plan.initializers
-            or (name in coupling.ledger.layouts and view.after(name) != view.before(name))
-            for name in reads(node)
-        ):
-            dead.append(index)
-            gone.update(node.output)
-    for index in reversed(dead):
-        del graph.node[index]
+
+    def shrank(name: str) -> bool:
+        known = name in coupling.ledger.layouts
+        return name in gone or name in plan.initializers or (known and view.after(name) != view.before(name))
+
+    def drop(graph: onnx.GraphProto) -> None:
+        dead = []
+        for index, node in enumerate(graph.node):
+            if not live.isdisjoint(node.output):
+                for body in bodies(node):
+                    if any(not live.isdisjoint(inner.output) for inner in body.node):
+                        drop(body)
+                gone.update(_drop_results(node, gone))
+            elif any(map(shrank, reads(node))):
+                dead.append(index)
+                gone.update(node.output)
+        for index in reversed(dead):
+            del graph.node[index]
+
+    drop(graph)
+
+
+def _drop_results(node: onnx.NodeProto, gone: set[str]) -> list[str]:
+    """Leave out results of an If that a branch does not compute any longer; return their names."""
+    lost = {index for body in bodies(node) for index, output in enumerate(body.output) if output.name in gone}
+    names = [node.output[index] for index in sorted(lost)]
+    for index in sorted(lost, reverse=True):
+        del node.output[index]
+        for body in bodies(node):
+            del body.output[index]
+    return names
 
 
 def _drop_unread(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:

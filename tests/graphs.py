@@ -27,6 +27,7 @@ class Tiny:
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.functions: list[onnx.FunctionProto] = []
 
     def input(self, *shape: int | str, name: str = "x", kind: int = TensorProto.FLOAT) -> str:
         """Declare a graph input; a string in the shape is a dynamic axis."""
@@ -93,7 +94,8 @@ class Tiny:
         declared = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
         graph = helper.make_graph(self.nodes, "tiny", self.inputs, declared, self.initializers)
         opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in self.domains)]
-        model = helper.make_model(graph, ir_version=max(IR_VERSION, 10 * (self.opset > 18)), opset_imports=opsets)
+        version = max(IR_VERSION, 10 * (self.opset > 18))
+        model = helper.make_model(graph, ir_version=version, opset_imports=opsets, functions=self.functions)
         for output in model.graph.output:
             output.type.tensor_type.ClearField("elem_type")
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -106,6 +108,11 @@ class Tiny:
         return model
 
 
+def length(dim: onnx.TensorShapeProto.Dimension, batch: int = 1) -> int:
+    """Length of an axis; an open one's stands behind its name (``D2_6``), or it is ``batch``."""
+    return dim.dim_value or int(dim.dim_param.partition("_")[2] or batch)
+
+
 def _declare_measured(model: ModelProto) -> None:
     """Declare outputs that inference knows nothing of as onnxruntime computes them."""
     probe = ModelProto()
@@ -113,8 +120,10 @@ def _declare_measured(model: ModelProto) -> None:
     for output in probe.graph.output:
         output.ClearField("type")
     session = onnxruntime.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    types = {i.name: i.type.tensor_type for i in model.graph.input}
     feeds = {
-        i.name: np.ones([d.dim_value or 1 for d in i.type.tensor_type.shape.dim], np.float32) for i in model.graph.input
+        name: np.ones([length(dim) for dim in type_.shape.dim], helper.tensor_dtype_to_np_dtype(type_.elem_type))
+        for name, type_ in types.items()
     }
     for output, value in zip(model.graph.output, session.run(None, feeds), strict=True):
         kind = helper.np_dtype_to_tensor_dtype(value.dtype)

@@ -6,6 +6,7 @@ runs onnxruntime: a channel that nobody reads might as well not be there.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,15 @@ import onnxruntime
 from onnx import ModelProto, helper, numpy_helper
 
 import onnxprune
-from onnxprune import onnx_io
+from onnxprune import onnx_io, pipeline
 from onnxprune.coupling import Bundle, Coupling
+from onnxprune.options import Clock, Options
 from onnxprune.passes.apply import apply
 from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
+from onnxprune.pipeline import Loaded
 from onnxprune.plan import Plan, make_plan
+from onnxprune.protos import every_node
 
 
 def _is_error(value: object) -> bool:
@@ -180,6 +184,22 @@ def prune_to(model: ModelProto, coupling: Coupling, keep: np.ndarray) -> Pruned:
     return Pruned(pruned, plan, keep, proof)
 
 
+def load(model: ModelProto, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Loaded:
+    """Read and couple a model of any scopes and functions as pruning does."""
+    options = Options(input_shapes={name: tuple(shape) for name, shape in (input_shapes or {}).items()})
+    return pipeline.load(model, options, Clock())
+
+
+def prune_loaded(loaded: Loaded, keep: np.ndarray, coupling: Coupling | None = None) -> Pruned:
+    """Plan, apply and prove, whatever the budget; ``coupling`` may differ from the model's own in what it freezes."""
+    coupling = coupling or loaded.coupling
+    loaded = dataclasses.replace(loaded, coupling=coupling)
+    plan = make_plan(coupling, keep)
+    pruned = pipeline._apply(loaded, plan, keep)
+    flat, graph = pipeline._read_pruned(loaded, pruned)
+    return Pruned(pruned, plan, keep, prove(loaded.flat, flat, graph, coupling, plan, keep))
+
+
 def run(model: ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Run a model with onnxruntime, on one thread and as it is written."""
     options = onnxruntime.SessionOptions()
@@ -219,8 +239,8 @@ def masked_reference(
         values[name] = _zeroed(values[name], int(axis), plan.initializers.get(name, {}).get(int(axis)))
         tensor = next(tensor for tensor in masked.graph.initializer if tensor.name == name)
         tensor.CopyFrom(numpy_helper.from_array(values[name], name))
-    makers = {name: node for node in model.graph.node for name in node.output}
-    for number, node in enumerate(masked.graph.node):
+    makers = {name: node for node in every_node(model.graph) for name in node.output}
+    for number, node in enumerate(every_node(masked.graph)):
         for index, summed in _ends(node):
             root, perm = _root(node.input[index], makers, values)
             if root is None:
@@ -235,10 +255,12 @@ def masked_reference(
 
 
 def constants_of(model: ModelProto) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every initializer and Constant node by name."""
-    for tensor in model.graph.initializer:
-        yield tensor.name, numpy_helper.to_array(tensor)
-    for node in model.graph.node:
+    """Yield every initializer and Constant node by name, those of bodies included; names are unique over all of them."""
+    nodes = list(every_node(model.graph))
+    for graph in (model.graph, *(attribute.g for node in nodes for attribute in node.attribute)):
+        for tensor in graph.initializer:
+            yield tensor.name, numpy_helper.to_array(tensor)
+    for node in nodes:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             yield node.output[0], numpy_helper.to_array(node.attribute[0].t)
 

@@ -296,9 +296,33 @@ def shape_arithmetic_inside() -> ModelProto:
     return end(t, choose(t, "flag", branch("p"), branch("q")))
 
 
+def dead_nodes() -> ModelProto:
+    """A branch computes what nobody reads, by an outer bias."""
+    t, y = begin("flag")
+
+    def then(b: Tiny) -> str:
+        unread = b.node("Mul", y, b.random(8, 1, 1, name="unread.scale"), name="unread")
+        b.node("Relu", unread, name="unread.too")
+        return conv(b, y, "p")
+
+    return end(t, choose(t, "flag", body("p", then), body("q", lambda b: conv(b, y, "q"))))
+
+
+def unused_output() -> ModelProto:
+    """Nobody reads one of the results."""
+    t, y = begin("flag")
+
+    def build(b: Tiny, name: str) -> list[str]:
+        return [b.node("Mul", y, b.random(8, 1, 1, name=f"{name}.scale"), name=f"{name}.unread"), conv(b, y, name)]
+
+    then, otherwise = (body(name, lambda b, name=name: build(b, name)) for name in "pq")
+    _, chosen = choose(t, "flag", then, otherwise, outputs=2)
+    return end(t, chosen)
+
+
 EVERY = [
     two_convolutions, shared_weight, weight_shared_with_outside, bias_shared_with_outside, several_outputs, same_names,
-    same_names_and_numbers, same_node_names, passed_on, constants_inside, shape_arithmetic_inside,
+    same_names_and_numbers, same_node_names, passed_on, constants_inside, shape_arithmetic_inside, dead_nodes, unused_output,
 ]  # fmt: skip
 
 

@@ -674,6 +674,34 @@ def test_function_around_an_if() -> None:
         assert_close(have, masked_reference(twin, result.plan, feeds))
 
 
+def call_in_a_branch(name: str, *functions: FunctionProto) -> ModelProto:
+    """Convolve and call a function in one branch, and convolve alone in the other."""
+    t, y = begin()
+    t.input(name="flag", kind=TensorProto.BOOL)
+    bodies = []
+    for label, op, domain in (("q", name, "local"), ("r", "Tanh", "")):
+        inner = Tiny(seed=ord(label))
+        inner.node(op, inner.conv(y, f"{label}.conv", 8, 8, 3), name=label, domain=domain)
+        output = helper.make_tensor_value_info(label, TensorProto.FLOAT, (1, 8, 4, 6))
+        bodies.append(helper.make_graph(inner.nodes, label, [], [output], inner.initializers))
+    t.conv(t.node("If", "flag", then_branch=bodies[0], else_branch=bodies[1]), "z", 8, 3)
+    return calling(t, *functions)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["activation", "weights_inside"])
+def test_function_that_only_a_branch_calls(inside: bool) -> None:
+    """It is inlined for the analysis as others are, and in the result where what it holds shrinks."""
+    model = call_in_a_branch("block", *weights_inside(1).functions) if inside else call_in_a_branch("silu", SILU)
+    result = assert_pruned(model, 0.5)
+    assert list(result.model.functions) == ([] if inside else list(model.functions))
+    plan, plain = result.plan.initializers, inline(model)
+    assert {"q.conv.w", "r.conv.w", "a.w"} <= plan.keys()
+    assert any(name.startswith("w__") for name in plan) == inside
+    for flag in (True, False):
+        feeds = image(model) | {"flag": np.array(flag)}
+        assert_close(run(result.model, feeds), masked_reference(plain, result.plan, feeds))
+
+
 def test_unused_function_stays() -> None:
     """A function that nobody calls is handed on."""
     t, y = begin()
@@ -794,26 +822,6 @@ def test_function_named_like_an_operator() -> None:
     result = assert_function_pruned(model)
     assert 0 not in result.plan.initializers["b.w"]
     assert 0 in result.plan.initializers["c.w"]
-
-
-def test_call_inside_a_branch() -> None:
-    """A function called in a branch of an If is not seen through: what it touches stays, with a reason, the rest prunes."""
-    t, y = begin()
-    t.input(name="flag", kind=TensorProto.BOOL)
-    bodies = []
-    for name in "pq":
-        b = Tiny(seed=ord(name))
-        result = b.node("silu", b.conv(y, name, 8, 8, 3), name=f"{name}.out", domain="local")
-        output = helper.make_tensor_value_info(result, TensorProto.FLOAT, (1, 8, 4, 6))
-        bodies.append(helper.make_graph(b.nodes, name, [], [output], b.initializers))
-    y = t.node("If", "flag", then_branch=bodies[0], else_branch=bodies[1], name="if")
-    t.conv(t.node("Tanh", t.conv(y, "c", 8, 8, 3)), "z", 8, 3)
-    model = calling(t, SILU)
-    result = assert_pruned(model, 0.8)
-    assert list(result.model.functions) == [SILU]
-    assert any("local::silu" in row.reason for row in onnxprune.inspect(model).frozen)
-    plain = [node for node in model.graph.node if node.op_type != "If"]
-    assert [node for node in result.model.graph.node if node.op_type != "If"] == plain
 
 
 @pytest.mark.parametrize(

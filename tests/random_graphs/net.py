@@ -21,11 +21,12 @@ class Net(Nodes):
     def __init__(self, decisions: bytes, opset: int, seed: int, steps: Sequence[Step]) -> None:
         super().__init__(decisions, opset, seed)
         self.steps = steps
+        self.max_depth, self.max_steps = MAX_DEPTH, MAX_STEPS
         self.depth = self.n_steps = 0
 
     def step(self, x: str) -> str:
         """Let a random step transform a tensor."""
-        if self.depth == MAX_DEPTH or self.n_steps == MAX_STEPS:
+        if self.depth == self.max_depth or self.n_steps == self.max_steps:
             return x
         self.depth, self.n_steps = self.depth + 1, self.n_steps + 1
         y = self.pick(*self.steps)(self, x)

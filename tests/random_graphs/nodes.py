@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from onnx import ModelProto, TensorProto, TypeProto, helper, numpy_helper
 
 import oracle
-from graphs import IR_VERSION, Tiny
+from graphs import IR_VERSION, Tiny, length
 
 STORED = ("initializer",) * 12 + ("shared", "identity", "transpose", "scaled", "constant")
 
@@ -38,6 +38,10 @@ class Nodes(Tiny):
         Channel axis of every floating-point tensor.
     pool
         Tensors that later steps may read again.
+    storing
+        Ways of storing a weight, as often as they are to be chosen.
+    enclosed
+        Number of nodes in finished bodies of control flow.
     """
 
     def __init__(self, decisions: bytes, opset: int, seed: int) -> None:
@@ -46,10 +50,18 @@ class Nodes(Tiny):
         self.axis: dict[str, int] = {}
         self.pool: list[str] = []
         self.dynamic = False
+        self.stretching = False  # lengths of positions are open, too
         self.in_nodes = False  # operands are Constant nodes
         self.types: dict[str, TypeProto] = {}
         self.values: dict[str, np.ndarray] = {}
         self.stored: dict[tuple[int, ...], str] = {}
+        self.storing: tuple[str, ...] = STORED
+        self.enclosed = self.n_constants = 0
+
+    @property
+    def number(self) -> int:
+        """Number of nodes so far, bodies included: names with it are unique over all scopes."""
+        return self.enclosed + len(self.nodes)
 
     @property
     def global_pools(self) -> tuple[str, ...]:
@@ -89,15 +101,18 @@ class Nodes(Tiny):
         """Length of the channel axis."""
         return self.shape(x)[self.axis[x]]
 
-    def source(self, *shape: int, axis: int) -> str:
-        """Add the graph's input; its batch is dynamic where the net's is."""
-        self.types["x"] = helper.make_tensor_type_proto(TensorProto.FLOAT, shape)
-        self.axis["x"] = axis
-        return self.input(*(("N", *shape[1:]) if self.dynamic else shape))
+    def source(self, *shape: int, axis: int, name: str = "x") -> str:
+        """Add an input of the graph; its batch is dynamic where the net's is, its positions where they are."""
+        self.types[name] = helper.make_tensor_type_proto(TensorProto.FLOAT, shape)
+        self.axis[name] = axis
+        free = [bool(a) and a != axis and self.stretching for a in range(len(shape))]
+        dims = [f"D{a}_{size}" if open_ else size for a, (size, open_) in enumerate(zip(shape, free, strict=True))]
+        return self.input(*("N", *dims[1:]) if self.dynamic else dims, name=name)
 
     def constant(self, values: ArrayLike, name: str | None = None) -> str:
         """Add an initializer (or a Constant node)."""
-        name = super().constant(values, name or f"constant{len(self.nodes)}.{len(self.initializers)}")
+        self.n_constants += 1
+        name = super().constant(values, name or f"constant{self.n_constants}")
         tensor = self.initializers[-1]
         self.types[name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
         if prod(tensor.dims) <= 64:
@@ -108,8 +123,8 @@ class Nodes(Tiny):
 
     def random(self, *shape: int, name: str, offset: float = 0.0, scale: float = 1.0) -> str:
         """Add a weight: plain, shared with another node, behind Identity, Transpose or Mul, or as a Constant node."""
-        how = self.pick(*STORED)
-        how = how if shape else STORED[0]
+        how = self.pick(*self.storing)
+        how = how if shape else self.storing[0]
         if how == "shared" and shape in self.stored and not offset:
             return self.stored[shape]
         stored = shape[::-1] if how == "transpose" else shape
@@ -139,7 +154,7 @@ class Nodes(Tiny):
         for key in [key for key in attributes if key not in known.attributes]:
             operands += [""] * (positions[key] + 1 - len(operands))
             operands[positions[key]] = self.constant(attributes.pop(key))
-        name = name or f"{op.lower()}{len(self.nodes)}"
+        name = name or f"{op.lower()}{self.number}"
         result = super().node(op, *operands, name=name, outputs=outputs, domain=domain, **attributes)
         read = [operand for operand in operands if operand]
         found = onnx.shape_inference.infer_node_outputs(
@@ -165,17 +180,30 @@ class Nodes(Tiny):
 
     def fresh(self) -> str:
         """Return a name for a layer."""
-        return f"l{len(self.nodes)}"
+        return f"l{self.number}"
+
+
+def input_shapes(model: ModelProto, batch: int = 1) -> dict[str, list[int]]:
+    """Shapes that inputs are built for: open lengths are those in their names, and one for the batch."""
+    return {i.name: [length(dim, batch) for dim in i.type.tensor_type.shape.dim] for i in model.graph.input}
+
+
+def feeds(model: ModelProto, seed: int = 0, batch: int = 1) -> dict[str, np.ndarray]:
+    """Normal random numbers and random truths for all inputs."""
+    rng = np.random.default_rng(seed)
+    values = {
+        name: np.asarray(rng.standard_normal(shape), np.float32) for name, shape in input_shapes(model, batch).items()
+    }
+    flags = {i.name for i in model.graph.input if i.type.tensor_type.elem_type == TensorProto.BOOL}
+    return {name: np.asarray(value > 0) if name in flags else value for name, value in values.items()}
 
 
 def measured(model: ModelProto, seed: int = 0) -> dict[str, np.ndarray]:
-    """Every tensor that a model computes on normal random input, dynamic axes being one long."""
-    rng = np.random.default_rng(seed)
-    shapes = {i.name: [d.dim_value or 1 for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
-    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    """Every tensor outside of bodies that a model computes on random input, an open batch being one long."""
+    values = feeds(model, seed)
     open_model = ModelProto.FromString(model.SerializeToString())
     del open_model.graph.output[:]
     names = [name for node in model.graph.node for name in node.output if name]
     open_model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    return feeds | constants | dict(zip(names, oracle.run(open_model, feeds), strict=True))
+    return values | constants | dict(zip(names, oracle.run(open_model, values), strict=True))
