@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,11 +14,10 @@ import onnxprune
 from onnxprune.passes.score import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import determinism
-from determinism import WAYS, Way
-
+SPEC = importlib.util.spec_from_file_location("determinism", ROOT / "tools" / "determinism.py")
+determinism = importlib.util.module_from_spec(SPEC)
+sys.modules["determinism"] = determinism
+SPEC.loader.exec_module(determinism)
 DIGITS, DENOISE = ROOT / "fixtures" / "digits", ROOT / "fixtures" / "denoise"
 
 
@@ -33,8 +33,8 @@ def transformer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_everything_around_a_run_may_differ(tmp_path: Path, transformer: tuple[Path, Path]) -> None:
     """Threads, hash seed, locale, folder, spelling of paths and umask change no byte of output, plan and report."""
-    plain = determinism.written(*transformer, tmp_path / "plain", Way({"PYTHONHASHSEED": "1"}))
-    assert determinism.written(*transformer, tmp_path / "other", WAYS["all at once"]) == plain
+    plain = determinism.written(*transformer, tmp_path / "plain", determinism.Way({"PYTHONHASHSEED": "1"}))
+    assert determinism.written(*transformer, tmp_path / "other", determinism.WAYS["all at once"]) == plain
 
 
 @pytest.mark.parametrize(("name", "threads"), [("digits", 2), ("denoise", 3)])
@@ -78,9 +78,9 @@ def test_magnitudes_do_not_depend_on_where_a_model_lies(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", determinism.WAYS)
 def test_every_way_gives_the_same_bytes(tmp_path: Path, way: str) -> None:
     """Each of what may differ, alone, on the denoiser."""
     model, calib = DENOISE / "denoise.onnx", DENOISE / "denoise_calib.npz"
-    plain = determinism.written(model, calib, tmp_path / "plain", Way())
-    assert determinism.written(model, calib, tmp_path / "other", WAYS[way]) == plain
+    plain = determinism.written(model, calib, tmp_path / "plain", determinism.Way())
+    assert determinism.written(model, calib, tmp_path / "other", determinism.WAYS[way]) == plain
