@@ -183,6 +183,8 @@ def test_double_weights_beyond_float32() -> None:
     plain = in_type(network(), "float64")
     plans = [onnxprune.prune(each, target_mac=0.6, proof=False).plan for each in (plain, model)]
     assert plans[0].initializers == plans[1].initializers
+    with pytest.raises(onnxprune.ModelError, match=r"b\.w: holds values beyond float32"):
+        onnxprune.prune(model, target_mac=0.6)
 
 
 def test_network_of_zeros_has_no_proof(tmp_path: Path) -> None:
@@ -273,6 +275,18 @@ def test_data_with_nan_or_infinity(tmp_path: Path, value: float, code: int) -> N
     told = refused(code, *words, "--data", tmp_path / "data.npz", "--metric", "cosine", "--no-latency")
     assert "NaN" in told or "nan" in told
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("metric", ["psnr", "ssim", "mse", "cosine", "agreement-psnr"])
+def test_infinite_outputs_have_no_quality(tmp_path: Path, metric: str) -> None:
+    """Outputs that overflow, in both models alike, give no figure: an error says that they cannot be judged."""
+    t = Tiny()
+    model = t.build(t.node("Mul", t.input("n", 1, 12, 12), t.constant(3e38)))
+    pictures = np.linspace(-2, 2, 4 * 144, dtype=np.float32).reshape(4, 1, 12, 12)
+    np.savez(tmp_path / "data.npz", x=pictures, target=pictures)
+    with pytest.raises(onnxprune.OnnxPruneError, match=r"cannot be judged on this data|give a data range") as caught:
+        onnxprune.evaluate(model, tmp_path / "data.npz", metric, reference=model)
+    assert caught.value.exit_code in (2, 3)
 
 
 def test_half_precision_that_overflows_by_itself() -> None:
