@@ -17,7 +17,7 @@ from onnxprune.errors import UsageError
 from onnxprune.ops.quantised import quantised, reads_quantised
 from onnxprune.options import MEASURED, Options, Progress
 from onnxprune.passes.allocate import allocate
-from onnxprune.passes.calibrate import Feeds, calibrate, n_samples
+from onnxprune.passes.calibrate import Consumer, Feeds, calibrate, n_samples
 from onnxprune.passes.rank import by_activation, rank
 from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import PRESETS, removals
@@ -109,8 +109,8 @@ def all_quantised(coupling: Coupling) -> bool:
 def score_channels(
     loaded_proto: onnx.ModelProto, coupling: Coupling, cost: Cost, options: Options, feeds: Feeds, kinds: Sequence[str],
     progress: Progress, sha256: str = "",
-) -> tuple[Scores, dict[str, Any]]:  # fmt: skip
-    """Score every channel by the criterion that the options choose; also say what was measured on the way.
+) -> tuple[Scores, dict[str, Any], tuple[str, ...]]:  # fmt: skip
+    """Score every channel by the criterion that the options choose; also say what was measured, and what was decided.
 
     Calibration judges layers with weights of floats. Where all are quantised, channels are scored by the norm of the real
     numbers that these stand for (``l2``).
@@ -124,19 +124,20 @@ def score_channels(
     """
     criterion = options.criterion_for(bool(len(feeds)))
     if criterion not in MEASURED:
-        return score(coupling, criterion, options.seed), {"criterion": criterion}
+        return score(coupling, criterion, options.seed), {"criterion": criterion}, ()
     if not len(feeds):
         raise UsageError(f"--criterion {criterion} needs calibration data (--calib)")
     magnitude = score(coupling, "l2", options.seed)
     if all_quantised(coupling) and not options.sensitivity:
-        return magnitude, {"criterion": "l2"}
+        return magnitude, {"criterion": "l2"}, ()
     consumers = calibrate(
         loaded_proto, coupling, feeds, memory=options.calib_memory, seed=options.seed, provider=options.provider,
         progress=lambda done, total: progress("calibrate", done, total),
     )  # fmt: skip
     facts: dict[str, Any] = {"criterion": criterion, "samples": sum(map(n_samples, feeds)), "layers": len(consumers)}
+    notes = _still(consumers, criterion)
     if criterion != "obs":
-        return by_activation(coupling, consumers, magnitude, weighted=criterion == "wanda"), facts
+        return by_activation(coupling, consumers, magnitude, weighted=criterion == "wanda"), facts, notes
     rankings = rank(coupling, consumers, magnitude)
     weights = np.ones(len(rankings))
     allocation = "sensitivity" if options.sensitivity else options.allocation
@@ -154,4 +155,16 @@ def score_channels(
     value = np.zeros(coupling.n_classes)
     for ranking, weight in zip(rankings, weights, strict=True):
         value[ranking.units] = (ranking.errors * weight)[:, None]
-    return Scores(value, np.ones(coupling.n_classes, np.int64), order), facts | {"allocation": allocation}
+    return Scores(value, np.ones(coupling.n_classes, np.int64), order), facts | {"allocation": allocation}, notes
+
+
+def _still(consumers: Sequence[Consumer], criterion: str) -> tuple[str, ...]:
+    """Say which layers the data tells nothing about, because there it is constant (or zero, where only that matters)."""
+    found = [c.node.title for c in consumers if not (c.varies if criterion == "obs" else c.gram[:, :-1, :-1].any())]
+    if not found:
+        return ()
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    why = "puts out the same" if criterion == "obs" else "sees zeros alone"
+    return (
+        f"whatever calibration sample comes, {', '.join(found[:3])}{more} {why}: weights alone rank what only these read",
+    )

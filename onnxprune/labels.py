@@ -309,7 +309,7 @@ class Ledger:
         self.readers.add((node.key, constant.name))
         wanted = range(len(constant.shape)) if axes is None else axes
         for axis in wanted:
-            if axis not in known and constant.shape[axis] != 1:
+            if axis not in known and constant.shape[axis] > 1:
                 given = self.start(node, index, axis) if self.start else None
                 given = None if given is not None and given.ndim > 1 else given
                 known[axis] = self.atom(constant.shape[axis]) if given is None else self.labelled(given)
@@ -375,8 +375,8 @@ class Ledger:
         return np.arange(self.n_labels - size, self.n_labels)
 
     def atom(self, size: int) -> Atom:
-        """Return an atom with fresh labels."""
-        return self.labelled(self.fresh(size))
+        """Return an atom with fresh labels; one without indices has none."""
+        return self.labelled(self.fresh(size)) if size else Atom(0)
 
     def labelled(self, labels: np.ndarray, rows: tuple[Atom, ...] = ()) -> Atom:
         """Return an atom that carries these labels, in rows that keep equally many."""
@@ -637,6 +637,8 @@ class Ledger:
             return fixed(sum(length(axis) for axis in axes))
         runs: list[Atom] = []
         for axis in axes:
+            if not length(axis):
+                continue
             atom = self.flat(axis)
             if atom is None or atom.labels is None:
                 atom = self.atom(length(axis))

@@ -37,6 +37,7 @@ from onnxprune.passes.couple import couple
 from onnxprune.passes.prove import Proof, prove
 from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import PRESETS, least_kept, lowest, prices, select
+from onnxprune.passes.values import check_values
 from onnxprune.plan import Plan, keep_of, keep_of_groups, make_plan, owner
 from onnxprune.prepare import inline, prepare
 from onnxprune.protos import every_node
@@ -113,6 +114,8 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
         attention = options.attention if plan is None else plan.attention
         coupling = couple(graph, options.ignore, options.only, attention)
         cost = Cost(coupling, options.hardware)
+    with clock.stage("load"):
+        check_values(coupling)
     called = source if inlined is not source and proto is inlined else None
     return Loaded(source, proto, flat, called, path, digest, coupling, cost, None, prepared)
 
@@ -190,10 +193,10 @@ def ready(model: ModelLike, options: Options, clock: Clock, progress: Progress =
         if Budget(options.targets, _before(loaded), 0).met and options.targets and "size" not in options.targets:
             return Ready(loaded, score(loaded.coupling, "l2", options.seed), (), {}, timing)  # nothing will be removed
         feeds, notes = load_feeds(loaded.coupling, options)
-        scores, facts = score_channels(
+        scores, facts, found = score_channels(
             loaded.flat, loaded.coupling, loaded.cost, options, feeds, kinds, progress, loaded.sha256
         )
-    return Ready(loaded, scores, feeds, facts, (*notes, *timing, *quantised))
+    return Ready(loaded, scores, feeds, facts, (*notes, *found, *timing, *quantised))
 
 
 def _before(loaded: Loaded) -> dict[str, float]:
@@ -668,7 +671,8 @@ def _apply_and_prove(
         )  # fmt: skip
     if not proof.ok:
         raise ProofError(
-            f"the pruned graph is not the masked original: {proof.failures[0]}; nothing was written", proof.failures
+            f"the pruned graph is not proved to be the masked original: {proof.failures[0]}; nothing was written",
+            proof.failures,
         )
     with clock.stage("prove"):
         _run_whole(loaded, pruned, options.provider)
@@ -705,6 +709,7 @@ def _run_whole(loaded: Loaded, pruned: onnx.ModelProto, provider: str) -> None:
             session = runtime.Session(path, provider)
             session.run(runtime.random_feeds(session.inputs, model.input_shapes))
         except ModelError as error:
+            _run_original(loaded, provider)
             raise ProofError(f"the pruned model does not run: {error}; nothing was written", (str(error),)) from error
         if not dynamic:
             return
@@ -721,6 +726,13 @@ def _run_whole(loaded: Loaded, pruned: onnx.ModelProto, provider: str) -> None:
         except ModelError:
             return  # the original does not run there either
     raise ProofError(f"the pruned model does not run at batch 2: {problem}; nothing was written", (problem,))
+
+
+def _run_original(loaded: Loaded, provider: str) -> None:
+    """Blame the original where that does not run in one piece, either."""
+    with onnx_io.temporary_file(loaded.proto) as path:
+        session = runtime.Session(path, provider)
+        session.run(runtime.random_feeds(session.inputs, loaded.coupling.model.input_shapes))
 
 
 def options_from(chosen: Mapping[str, Any]) -> Options:

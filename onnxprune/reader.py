@@ -118,6 +118,12 @@ def _declared_inputs(model: onnx.ModelProto, constants: Mapping[str, Constant]) 
 def _input_shapes(
     model: onnx.ModelProto, declared: Mapping[str, tuple], given: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, Shape], list[str]]:
+    for name, dims in declared.items():
+        if 0 in dims:
+            raise ModelError(
+                f"input {name} is declared as {list(dims)}: with a size of 0 it holds nothing; export the model with its "
+                "real sizes, or with names for those that vary"
+            )
     shapeless = {v.name for v in model.graph.input if not v.type.tensor_type.HasField("shape")} & declared.keys()
     for name in sorted(shapeless - given.keys()):
         raise ModelError(f"input {name} declares no shape; give one with --input-shape {name}:1,3,224,224")

@@ -150,7 +150,7 @@ class Session:
         """Run once; :class:`ModelError` where the model cannot run on these feeds."""
         if self.promoted:
             feeds = {
-                n: v.astype(np.float32) if n in self.inputs and self.inputs[n][1] == np.float32 else v
+                n: _single(n, v) if n in self.inputs and self.inputs[n][1] == np.float32 else v
                 for n, v in feeds.items()
             }
         try:
@@ -234,8 +234,19 @@ def _promoted(model: str | bytes | onnx.ModelProto) -> onnx.ModelProto | None:
             external.attach(proto, pathlib.Path(model))
             return in_float32(proto)
         return in_float32(onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model)
+    except ModelError:
+        raise
     except Exception:  # not a model at all: onnxruntime's own error says so
         return None
+
+
+def _single(name: str, values: np.ndarray) -> np.ndarray:
+    """Values in float32; :class:`ModelError` where that cannot hold them."""
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)
+    if values.dtype == np.float64 and not np.array_equal(np.isinf(single), np.isinf(values)):
+        raise ModelError(f"{name}: holds values beyond float32, in which onnxruntime would run it; rescale the model")
+    return single
 
 
 UNSUPPORTED = (TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -253,7 +264,7 @@ def in_float32(model: onnx.ModelProto, kinds: Sequence[int] = UNSUPPORTED) -> on
             if external.is_outside(proto):
                 external.cast(proto, TensorProto.FLOAT)
                 return
-            proto.CopyFrom(numpy_helper.from_array(external.array(proto).astype(np.float32), proto.name))
+            proto.CopyFrom(numpy_helper.from_array(_single(proto.name, external.array(proto)), proto.name))
 
     def graph(proto: onnx.GraphProto) -> None:
         nonlocal found

@@ -304,8 +304,10 @@ class _Opened:
         """The model with calibrated scores."""
         loaded, options = self.loaded, self.job.options
         feeds, notes = load_feeds(loaded.coupling, options)
-        scores, facts = score_channels(loaded.flat, loaded.coupling, loaded.cost, options, feeds, ["mac"], silent)
-        return Ready(loaded, scores, feeds, facts, notes)
+        scores, facts, found = score_channels(
+            loaded.flat, loaded.coupling, loaded.cost, options, feeds, ["mac"], silent
+        )
+        return Ready(loaded, scores, feeds, facts, (*notes, *found))
 
     @cached_property
     def original(self) -> runtime.Session:

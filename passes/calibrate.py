@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -25,11 +26,16 @@ LEAST_ROWS = 4096
 MAX_REGRESSORS = 2400
 """Beyond it, moments are those of channels: a patch's taps then count as samples of one position."""
 
+BEYOND = "NaN, infinite or too large to be squared on the calibration data; check the data and its scale"
+
+ROUNDED = 1e-6
+"""Share of the squared means of an operator's outputs below which their variance is that of rounding."""
+
 Feeds = Sequence[Mapping[str, np.ndarray]]
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Consumer:
     """A linear operator that ends channels, and what reached it.
 
@@ -56,6 +62,12 @@ class Consumer:
     fold: np.ndarray
 
     @property
+    def varies(self) -> bool:
+        """Whether the outputs vary over the samples by more than sums in float32 are rounded."""
+        mean = self.gram[:, -1:, :-1] @ self.matrix
+        return self.energy > ROUNDED * float(np.square(mean).sum())
+
+    @cached_property
     def energy(self) -> float:
         """Mean over positions of the squared deviation of all outputs from their means."""
         p = self.matrix.shape[1]
@@ -148,9 +160,7 @@ def calibrate(
         if not n:
             continue
         if not np.isfinite(gram).all():
-            raise ModelError(
-                f"{node.title}: what reaches it is infinite or NaN on the calibration data; check the data and its scale"
-            )
+            raise ModelError(f"{node.title}: what reaches it is {BEYOND}")
         weight, bias = (coupling.model.constant(node.inputs[i]) if i is not None and node.has(i) else None
                         for i in (view.weight, view.bias))  # fmt: skip
         assert weight is not None

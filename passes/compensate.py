@@ -10,7 +10,7 @@ changes: values of weights do, and biases are added.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -18,9 +18,10 @@ import onnx
 
 from onnxprune.amend import AddedBias
 from onnxprune.coupling import Coupling
+from onnxprune.errors import ModelError
 from onnxprune.model import Model, Node
 from onnxprune.ops.regress import Regression
-from onnxprune.passes.calibrate import Feeds, n_samples, pick
+from onnxprune.passes.calibrate import BEYOND, Feeds, n_samples, pick
 from onnxprune.passes.least_squares import Fit, Rows, Weights, fit
 from onnxprune.passes.pairs import RIDGE, PairRows, refine
 from onnxprune.passes.trace import Memory, Trace
@@ -144,7 +145,9 @@ class _Run:
             found = self._linear(number, unit)
         for name in _watched(unit):
             self.teacher.release(name)
-        note = "" if np.isfinite(found.ridge) else "unchanged: no gain on samples held back"
+        if not np.isfinite(found.error_before):
+            raise ModelError(f"{unit.node.title}: what reaches it, or what it computes, is {BEYOND}")
+        note = "" if np.isfinite(found.ridge) else f"unchanged: {found.note}"
         return Solved(unit.node.title, unit.node.op, found.error_before, found.error, found.ridge, note)
 
     # -- rows --------------------------------------------------------------------------------------------------------
@@ -205,10 +208,14 @@ class _Run:
         if np.isfinite(found.ridge):
             alive = np.abs(gain) > 1e-12
             safe = np.where(alive, gain, 1.0)
+            fresh = np.where(alive[:, None], found.matrix / safe[:, None], matrix)
+            offset = np.where(alive, (found.offset - shift) / safe, bias)
+            if not self._fits(unit.weight, fresh, offset):
+                return _beyond(found)
             if self.mode == "least-squares":
-                self._set(unit.weight, view.restore(np.where(alive[:, None], found.matrix / safe[:, None], matrix)))
+                self._set(unit.weight, view.restore(fresh))
             if free_offset:
-                self._set_bias(unit, bias, np.where(alive, (found.offset - shift) / safe, bias))
+                self._set_bias(unit, bias, offset)
         return found
 
     def _follower(self, number: int, unit: Unit) -> Unit | None:
@@ -270,11 +277,12 @@ class _Run:
             rows, Weights(found.matrix, found.offset), unit.rectifier, Weights(matrix * gain[:, None], bias * gain + shift),
             other.rectifier, free_offsets=(free[0], free[1]),
         )  # fmt: skip
-        if not refined.error < refined.error_before:
+        fresh, offset = refined.second.matrix / gain[:, None], (refined.second.offset - shift) / gain
+        if not refined.error < refined.error_before or not self._fits(other.weight, fresh, offset):
             return found
-        self._set(other.weight, other.view.restore(refined.second.matrix / gain[:, None]))
+        self._set(other.weight, other.view.restore(fresh))
         if (free[1] and self._given_bias(other) is not None) or other.norm is not None:
-            self._set_bias(other, bias, (refined.second.offset - shift) / gain)
+            self._set_bias(other, bias, offset)
         return Fit(refined.first.matrix, refined.first.offset, found.error_before, found.error, min(found.ridge, RIDGE))
 
     @staticmethod
@@ -303,6 +311,8 @@ class _Run:
             self._sorted(parts, images), matrix, zero, free_matrix=self.mode == "least-squares", free_offset=False
         )
         if np.isfinite(found.ridge):
+            if not self._fits(unit.weight, found.matrix):
+                return _beyond(found)
             self._set(unit.weight, view.restore(found.matrix))
         return found
 
@@ -329,8 +339,10 @@ class _Run:
         found = fit(rows, ones, zeros, free_matrix=self.mode == "least-squares", free_offset=view.has_offset)
         names = [self._root(unit.node.inputs[index]) for index in view.parameters]
         if np.isfinite(found.ridge):
-            fresh = view.refit([self._old(name) for name in names], found.matrix.ravel(), found.offset.ravel())
-            for name, value in zip(names, fresh or (), strict=False):
+            fresh = view.refit([self._old(name) for name in names], found.matrix.ravel(), found.offset.ravel()) or ()
+            if not all(self._fits(name, value) for name, value in zip(names, fresh, strict=False)):
+                return _beyond(found)
+            for name, value in zip(names, fresh, strict=False):
                 self._set(name, value)
         return found
 
@@ -342,6 +354,12 @@ class _Run:
     def _old(self, name: str) -> np.ndarray:
         known = self.values.get(name)
         return self.model.constants[name].load().astype(np.float64) if known is None else known.astype(np.float64)
+
+    def _fits(self, name: str, *values: np.ndarray) -> bool:
+        """Whether values lie within the range of a constant's type."""
+        dtype = self.model.constants[name].load().dtype
+        with np.errstate(over="ignore"):
+            return all(np.isfinite(value.astype(dtype)).all() for value in values)
 
     def _set(self, name: str, value: np.ndarray) -> None:
         self.values[name] = np.asarray(value).astype(self.model.constants[name].load().dtype)
@@ -405,6 +423,13 @@ class _Run:
         readers = [n for n in self.model.nodes for i in (*n.inputs, *n.captured) if self._root(i) == root and i]
         real = [n for n in readers if n.key not in self.model.aliases]
         return len(real) == 1 and root not in self.model.outputs
+
+
+def _beyond(found: Fit) -> Fit:
+    """Say that nothing was changed, because the type of the weights cannot hold what was found."""
+    return replace(
+        found, error=found.error_before, ridge=np.inf, note="the fitted values exceed the type of the weights"
+    )
 
 
 def _watched(unit: Unit | Rescaled) -> list[str]:

@@ -91,6 +91,8 @@ class Fit:
         Mean squared error there, with the weights as they were and as fitted.
     ridge
         The ridge chosen; infinite where the weights stay as they are.
+    note
+        Why they stay.
     """
 
     matrix: np.ndarray
@@ -98,8 +100,10 @@ class Fit:
     error_before: float
     error: float
     ridge: float
+    note: str = "no gain on samples held back"
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows has no finite error, and is not chosen
 def fit(
     rows: Rows, matrix: np.ndarray, offset: np.ndarray, rectifier: Rectifier | None = None,
     *, free_matrix: bool = True, free_offset: bool = True,
@@ -112,6 +116,11 @@ def fit(
         The weights as they are: ``(blocks, p, q)`` and ``(blocks, q)``.
     free_matrix, free_offset
         What may change.
+
+    Returns
+    -------
+    Fit
+        The weights as they are where nothing is better, or where their error is not finite.
     """
     start = Weights(matrix, offset)
     train = rows.part(0, rows.n_train)

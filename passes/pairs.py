@@ -58,6 +58,7 @@ class Refined:
     error: float
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows has no finite error, and is not chosen
 def refine(
     rows: PairRows, first: Weights, middle: Rectifier | None, second: Weights, behind: Rectifier | None,
     *, free_offsets: tuple[bool, bool],

@@ -113,7 +113,9 @@ def prove(
         numeric.compare(segment)
     progress(len(cuts), len(cuts))
     if not numeric.tensors and not numeric.failures:
-        numeric.failures.append("no tensor of the graph could be compared")
+        numeric.failures.append(
+            "no tensor could be compared, because all are constant or NaN (are weights zero, or far too small or large?)"
+        )
     return Proof(
         labels=not violations,
         max_rel_err=numeric.max_rel_err,

@@ -54,8 +54,9 @@ class Ranking:
 
 
 def rank(coupling: Coupling, consumers: Sequence[Consumer], magnitude: Scores) -> list[Ranking]:
-    """Rank the channels of every bundle; ``magnitude`` orders those that no linear operator reads."""
+    """Rank the channels of every bundle; ``magnitude`` orders those that no linear operator reads whose output varies."""
     rankings = []
+    consumers = [consumer for consumer in consumers if consumer.varies]
     for bundle in coupling.bundles:
         classes = np.concatenate(bundle.cells)
         readers = [c for c in consumers if np.isin(c.columns, classes).any()]
@@ -102,12 +103,13 @@ class _Elimination:
         self.consumer = consumer
         blocks, p, q = consumer.matrix.shape
         gram = consumer.gram
-        mean_square = np.maximum(np.einsum("gii->g", gram[:, :p, :p]) / p, 1e-30)
+        mean_square = np.einsum("gii->g", gram[:, :p, :p]) / p
+        mean_square[mean_square == 0] = 1.0  # of a block that nothing reaches
         diagonal = np.full((blocks, p + 1), RIDGE) * mean_square[:, None]
         diagonal[:, p] = 1e-9
         self.inverse = np.linalg.inv(gram + np.eye(p + 1) * diagonal[:, None])
         self.weights = np.concatenate([consumer.matrix, np.zeros((blocks, 1, q))], 1)
-        self.energy = max(consumer.energy, 1e-30)
+        self.energy = consumer.energy
         self._places: dict[int, list[tuple[int, np.ndarray]]] = {}
         for block, columns in enumerate(consumer.columns):
             order = np.argsort(columns, kind="stable")
@@ -164,7 +166,9 @@ def by_activation(coupling: Coupling, consumers: Sequence[Consumer], magnitude: 
             squares = squares * np.square(consumer.matrix).sum(2)
         present, inverse = np.unique(consumer.columns, return_inverse=True)
         found = np.sqrt(np.bincount(inverse.ravel(), squares.ravel()))
-        found /= max(found.mean(), 1e-30)
+        if not found.any():
+            continue
+        found /= found.mean()
         value[present] = np.maximum(value[present], found)
         members[present] += 1
     unread = value < 0

@@ -6,6 +6,7 @@ the maximum counts, because every member must agree to lose the channel ("magnit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -13,7 +14,7 @@ from importlib.metadata import entry_points
 import numpy as np
 
 from onnxprune.coupling import Coupling, Member
-from onnxprune.errors import ModelError, UsageError
+from onnxprune.errors import UsageError
 from onnxprune.model import Node, Shape
 from onnxprune.ops.quantised import quantised
 
@@ -87,14 +88,13 @@ def check_criterion(name: str) -> None:
 
 
 def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scores:
-    """Score every channel.
+    """Score every channel; the model's weights are those that :func:`onnxprune.passes.values.check_values` lets pass.
 
     Raises
     ------
-    ModelError
-        A weight holds NaN or infinity, so that nothing can be ranked.
+    UsageError
+        A norm of the user's own is NaN or infinite somewhere.
     """
-    _refuse_nan(coupling)
     n = coupling.n_classes
     value, members = np.full(n, -1.0), np.zeros(n, np.int64)
     if criterion_name == "random":
@@ -113,33 +113,20 @@ def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scor
             if choice(member) and open_classes[member.classes].any():
                 source = weights.get(member.tensor) or coupling.model.constants[member.tensor]
                 present, norms = _norms(member, source.load(), norm, gains.get(member.tensor))
+                if not np.isfinite(norms).all():
+                    raise UsageError(
+                        f"--criterion {criterion_name}: is not finite for {member.tensor}; it must return numbers to rank by"
+                    )
                 value[present] = np.maximum(value[present], np.where(open_classes[present], norms, value[present]))
                 members[present] += open_classes[present]
     return Scores(np.maximum(value, 0.0), members)
-
-
-def _refuse_nan(coupling: Coupling) -> None:
-    """NaN weights cannot be ranked, nor proved equal to anything."""
-    for name in dict.fromkeys(name for name, _ in coupling.ledger.constants):
-        constant = coupling.model.constants[name]
-        if constant.floating and constant.size and _holds_nan(constant.load()):
-            raise ModelError(f"{name}: holds NaN; train or export the model again")
-
-
-def _holds_nan(array: np.ndarray) -> bool:
-    if array.dtype == np.float16:  # numpy's arithmetic in half precision is ten times slower than looking at the bits
-        return bool(((array.view(np.uint16) & 0x7FFF) > 0x7C00).any())
-    return bool(np.isnan(np.min(array)))  # a minimum passes NaN on
 
 
 def _norms(
     member: Member, weight: np.ndarray, norm: Callable[[np.ndarray], np.ndarray], gain: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Classes on a member axis, and the norm of each class's slices over the tensor's mean norm."""
-    if weight.dtype != np.float32:
-        weight = weight.astype(np.float32)
-    if not np.isfinite(weight.sum(dtype=np.float64)) and not np.isfinite(weight).all():
-        raise ModelError(f"{member.tensor}: holds infinite weights; nothing can be ranked by them")
+    weight = _moderate(weight)
     if gain is not None:
         weight = weight * gain
     before = int(np.prod(weight.shape[: member.axis], dtype=np.int64))
@@ -154,6 +141,21 @@ def _norms(
     total = np.bincount(inverse, values)
     mean = total.mean()
     return present, total / mean if mean > 0 else total
+
+
+MODERATE = 24
+"""Binary orders of magnitude around 1 within which sums of squares in float32 neither overflow nor vanish."""
+
+
+def _moderate(values: np.ndarray) -> np.ndarray:
+    """Values in float32; by a power of two larger or smaller where they are far from 1, since norms are relative."""
+    if values.dtype not in (np.float32, np.float64):
+        values = values.astype(np.float32)
+    largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+    exponent = math.frexp(largest)[1]
+    if largest and abs(exponent) > MODERATE:
+        values = np.ldexp(values, -exponent)
+    return values.astype(np.float32, copy=False)
 
 
 def _is_scale(scales: frozenset[str]) -> Callable[[Member], bool]:
@@ -188,8 +190,9 @@ def _batch_norm_gains(coupling: Coupling) -> dict[str, np.ndarray]:
         scale, variance = model.constant(node.inputs[1]), model.constant(node.inputs[4])
         if weight is None or scale is None or variance is None or len(model.consumers[source]) > 1:
             continue
-        gain = scale.load() / np.sqrt(variance.load() + node.attributes.get("epsilon", 1e-5))
-        gains[weight.name] = _along_outputs(producer, weight.shape, gain.astype(np.float32))
+        epsilon = node.attributes.get("epsilon", 1e-5)
+        gain = scale.load().astype(np.float64) / np.sqrt(variance.load().astype(np.float64) + epsilon)
+        gains[weight.name] = _along_outputs(producer, weight.shape, _moderate(gain))
     return gains
 
 

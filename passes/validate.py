@@ -85,6 +85,7 @@ def compare(
     return first, second
 
 
+@np.errstate(over="ignore", invalid="ignore")  # outputs may be infinite; a metric that is not finite is refused
 def _judge(
     sessions: Sequence[Session],
     samples: Samples,

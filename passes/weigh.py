@@ -87,12 +87,20 @@ def relative_error(
     """Squared error of every output over its spread, summed over outputs; those that do not vary are left out."""
     moved = np.zeros(len(spread))
     for have, want in zip(given, wanted, strict=True):
-        moved += [np.square(h - w, dtype=np.float64).sum() for h, w in zip(have, want, strict=True)]
+        moved += [_moved(h, w) for h, w in zip(have, want, strict=True)]
     return float(sum(m / s for m, s in zip(moved, spread, strict=True) if s > 0))
 
 
+def _moved(have: np.ndarray, want: np.ndarray) -> float:
+    """Sum of squared differences; infinite where only one is, nothing where both are (masks are written as infinity)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        apart = np.where(have == want, have.dtype.type(0), have - want)
+    return float(np.square(apart, dtype=np.float64).sum())
+
+
 def _spread(values: Sequence[np.ndarray]) -> float:
-    """Squared deviation of an output from its mean over all samples and positions of each channel."""
+    """Squared deviation of an output from its mean over all samples and positions of each channel, where it is finite."""
+    values = [v if np.isfinite(v).all() else v[np.isfinite(v)] for v in values]
     total = sum(np.square(v, dtype=np.float64).sum() for v in values)
     count = sum(v.size for v in values)
     mean = sum(v.sum(dtype=np.float64) for v in values) / max(count, 1)
@@ -141,7 +149,8 @@ class _Probe:
 
     def run(self, feed: Mapping[str, np.ndarray], changes: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Outputs that hold floats."""
-        return float_outputs(self.session, {**feed, **changes})
+        entered = {name: value.astype(self.session.inputs[name][1], copy=False) for name, value in feed.items()}
+        return float_outputs(self.session, {**entered, **changes})
 
     def changes(self, ranking: Ranking) -> dict[str, np.ndarray]:
         """Constants that differ after the removals that a ranking noted."""
@@ -176,7 +185,8 @@ class _Probe:
 
     def _set(self, found: dict[str, np.ndarray], name: str, value: np.ndarray) -> None:
         kind = helper.tensor_dtype_to_np_dtype(self.values[name].data_type)
-        found[name] = np.ascontiguousarray(value, kind)
+        with np.errstate(over="ignore"):  # outputs are infinite then, and nothing weighs more
+            found[name] = np.ascontiguousarray(value, kind)
 
 
 def _zeroed(array: np.ndarray, axis: int, gone: np.ndarray, zero: float) -> np.ndarray:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import ArrayLike
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
 IR_VERSION = 8
 
@@ -150,3 +151,37 @@ def perceptron(middle: Middle, features: int = 6, after: int | None = None, *, o
     t = Tiny(opset=opset)
     y = middle(t, t.gemm(t.input(4, 2), "a", 2, features))
     return t.build(t.gemm(y, "z", after or features, 3))
+
+
+KINDS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
+
+
+def in_type(model: ModelProto, kind: str) -> ModelProto:
+    """Convert a float32 model to another type: everything but what operators want as float32 (scales of Resize)."""
+    dtype = np.dtype(KINDS.get(kind, kind))
+    wanted = helper.np_dtype_to_tensor_dtype(dtype)
+    single = {node.input[2] for node in model.graph.node if node.op_type == "Resize" and len(node.input) > 2}
+
+    def convert(tensor: TensorProto) -> None:
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in single:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
+
+    def visit(graph: GraphProto) -> None:
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+                value.type.tensor_type.elem_type = wanted
+        for tensor in graph.initializer:
+            convert(tensor)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    convert(attribute.t)
+                if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                    attribute.i = wanted
+                if attribute.HasField("g"):
+                    visit(attribute.g)
+
+    converted = ModelProto()
+    converted.CopyFrom(model)
+    visit(converted.graph)
+    return converted

@@ -9,16 +9,15 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import architectures
 import onnxprune
 from architectures import variants
-from graphs import Tiny
+from graphs import KINDS, Tiny, in_type
 from onnxprune.protos import is_float
 from oracle import assert_close, constants_of, masked_reference, run, sliced
 
-KINDS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
 OTHERS = (TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.FLOAT16)
 NETWORKS = [
     "edsr",
@@ -31,37 +30,6 @@ NETWORKS = [
     "audio_1d",
 ]
 Layer = Callable[[Tiny, str], str]
-
-
-def in_type(model: ModelProto, kind: str) -> ModelProto:
-    """Convert a float32 model to another type: everything but what operators want as float32 (scales of Resize)."""
-    dtype = np.dtype(KINDS.get(kind, kind))
-    wanted = helper.np_dtype_to_tensor_dtype(dtype)
-    single = {node.input[2] for node in model.graph.node if node.op_type == "Resize" and len(node.input) > 2}
-
-    def convert(tensor: TensorProto) -> None:
-        if tensor.data_type == TensorProto.FLOAT and tensor.name not in single:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
-
-    def visit(graph: GraphProto) -> None:
-        for value in (*graph.input, *graph.output, *graph.value_info):
-            if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-                value.type.tensor_type.elem_type = wanted
-        for tensor in graph.initializer:
-            convert(tensor)
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    convert(attribute.t)
-                if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
-                    attribute.i = wanted
-                if attribute.HasField("g"):
-                    visit(attribute.g)
-
-    converted = ModelProto()
-    converted.CopyFrom(model)
-    visit(converted.graph)
-    return converted
 
 
 def in_single(model: ModelProto) -> ModelProto:
