@@ -19,8 +19,12 @@ import onnx
 from onnx import numpy_helper
 
 from onnxprune.errors import FileError, UsageError
+from onnxprune.files import require_plain
 
 MAX_ARRAY_BYTES = 4 << 30  # of one array, counting only the samples that ``limit`` leaves
+SWELLING, FREE = 200, 1 << 30
+"""An archive may hold so many times its own bytes; up to ``FREE`` bytes it may hold more."""
+
 _HEADER_BYTES = 12_000  # numpy itself refuses headers of more than 10,000 characters
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 IMAGES = frozenset([".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
@@ -33,7 +37,8 @@ Inputs = Mapping[str, tuple[Shape, np.dtype]]
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what missing, forbidden and damaged files raise into :class:`FileError`."""
+    """Turn what missing, forbidden and damaged files raise into :class:`FileError`; pipes and devices are refused."""
+    require_plain(path)
     try:
         yield
     except FileNotFoundError as error:
@@ -55,6 +60,7 @@ class Entry:
     fortran: bool
     dtype: np.dtype
     offset: int
+    meter: Callable[[int], None]
 
     def read(self, rows: int | None = None) -> np.ndarray:
         """Read the values, of the first ``rows`` entries of axis 0 where that is given."""
@@ -67,6 +73,7 @@ class Entry:
                 f"{self.path}: array {self.name!r} of shape {self.shape} takes {n_bytes / 2**30:.1f} GiB, over the bound "
                 f"of {MAX_ARRAY_BYTES / 2**30:g}; read fewer samples or split the file"
             )
+        self.meter(n_bytes)
         with reading(self.path), self.opened() as stream:
             stream.read(self.offset)
             values = bytearray(stream.read(n_bytes))
@@ -76,7 +83,20 @@ class Entry:
         return array[:rows] if rows else array
 
 
-def entry(path: Path, name: str, opened: Callable[[], IO[bytes]]) -> Entry:
+def _meter(path: Path) -> Callable[[int], None]:
+    """What counts the bytes that are read of a file and stops where they are too many for its size."""
+    read, allowed = 0, max(FREE, SWELLING * path.stat().st_size)
+
+    def count(n_bytes: int) -> None:
+        nonlocal read
+        read += n_bytes
+        if read > allowed:
+            raise FileError(f"{path}: would swell to more than {SWELLING} times its size; no data does, write it again")
+
+    return count
+
+
+def entry(path: Path, name: str, opened: Callable[[], IO[bytes]], meter: Callable[[int], None]) -> Entry:
     with opened() as stream:
         head = io.BytesIO(stream.read(_HEADER_BYTES))
     version = np.lib.format.read_magic(head)
@@ -85,7 +105,7 @@ def entry(path: Path, name: str, opened: Callable[[], IO[bytes]]) -> Entry:
     shape, fortran, dtype = _HEADERS[version](head)
     if min(shape, default=0) < 0:
         raise ValueError(f"array {name!r} has shape {shape}")
-    return Entry(path, name, opened, shape, fortran, dtype, head.tell())
+    return Entry(path, name, opened, shape, fortran, dtype, head.tell(), meter)
 
 
 @contextmanager
@@ -93,13 +113,14 @@ def open_entries(path: Path, inputs: Inputs) -> Iterator[dict[str, Entry]]:
     """Open an .npz or .npy file; the one array of .npy takes the name of the model's one input."""
     with ExitStack() as stack:
         with reading(path):
+            meter = _meter(path)
             if path.suffix.lower() == ".npy":
                 name = next(iter(inputs)) if len(inputs) == 1 else path.stem
-                entries = {name: entry(path, name, lambda: path.open("rb"))}
+                entries = {name: entry(path, name, lambda: path.open("rb"), meter)}
             else:
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 members = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-                entries = {name: entry(path, name, partial(archive.open, f"{name}.npy")) for name in members}
+                entries = {name: entry(path, name, partial(archive.open, f"{name}.npy"), meter) for name in members}
         yield entries
 
 

@@ -82,11 +82,15 @@ NODE_BYTES = 1024
 def _inlined_size(model: onnx.ModelProto) -> int:
     """Bytes of the graph once every call of a local function is replaced by its body."""
     functions = {(function.domain, function.name): function for function in model.functions}
-    calls = {key: {(n.domain, n.op_type) for n in _all_nodes(f.node)} & functions.keys() for key, f in functions.items()}
+    calls = {
+        key: {(n.domain, n.op_type) for n in _all_nodes(f.node)} & functions.keys() for key, f in functions.items()
+    }
     sizes: dict[tuple[str, str], int] = {}
 
     def size(nodes: Iterable[onnx.NodeProto]) -> int:
-        return sum(sizes.get((node.domain, node.op_type), 0) + NODE_BYTES + node.ByteSize() for node in _all_nodes(nodes))
+        return sum(
+            sizes.get((node.domain, node.op_type), 0) + NODE_BYTES + node.ByteSize() for node in _all_nodes(nodes)
+        )
 
     try:
         for key in TopologicalSorter(calls).static_order():

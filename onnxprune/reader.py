@@ -90,7 +90,9 @@ def _require_one_writer(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         for name in filter(None, node.output):
             if name in written:
-                raise ModelError(f"the graph is invalid: {name} is written by {node.op_type} {node.name}, and not by it alone")
+                raise ModelError(
+                    f"the graph is invalid: {name} is written by {node.op_type} {node.name}, and not by it alone"
+                )
             written.add(name)
 
 
@@ -154,7 +156,7 @@ def _input_shapes(
         if name in shapeless:
             continue
         fits = len(shape) == len(declared[name]) and all(
-            size > 0 and (not isinstance(want, int) or want <= 0 or want == size)
+            0 < size <= MAX_LENGTH and (not isinstance(want, int) or want <= 0 or want == size)
             for size, want in zip(shape, declared[name], strict=True)
         )
         if not fits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -63,7 +64,7 @@ def claims_in_sparse() -> ModelProto:
 def doubled(times: int = 40) -> ModelProto:
     """Channels that a short graph doubles over and over."""
     names = ["c", *(f"d{k}" for k in range(times))]
-    nodes = [node("Concat", f"{a} {a}", b, axis=1) for a, b in zip(names, names[1:], strict=False)]
+    nodes = [node("Concat", f"{a} {a}", b, axis=1) for a, b in pairwise(names)]
     return build([*nodes, node("Relu", names[-1], "y")])
 
 
@@ -91,7 +92,11 @@ def expanded_constant(op: str = "Expand") -> ModelProto:
 
 def filled() -> ModelProto:
     """A ConstantOfShape of a terabyte."""
-    nodes = [node("ConstantOfShape", "to", "wide"), node("ReduceMean", "wide", "m", keepdims=0), node("Add", "c m", "y")]
+    nodes = [
+        node("ConstantOfShape", "to", "wide"),
+        node("ReduceMean", "wide", "m", keepdims=0),
+        node("Add", "c m", "y"),
+    ]
     return build(nodes, {"to": integers(GIANT)})
 
 
@@ -179,7 +184,7 @@ def looped(trips: int = 1 << 60) -> ModelProto:
 def chain(n: int = 1_000_000) -> ModelProto:
     """So many nodes in a row."""
     names = ["c", *(f"t{k}" for k in range(n)), "y"]
-    return build([helper.make_node("Relu", [a], [b]) for a, b in zip(names, names[1:], strict=False)])
+    return build([helper.make_node("Relu", [a], [b]) for a, b in pairwise(names)])
 
 
 def nested(depth: int) -> bytes:
