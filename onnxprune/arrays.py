@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import lzma
 import math
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from onnxprune.errors import FileError, UsageError
 from onnxprune.files import require_plain
 
 MAX_ARRAY_BYTES = 4 << 30  # of one array, counting only the samples that ``limit`` leaves
-SWELLING, FREE = 200, 1 << 30
+SWELLING, FREE = 100, 1 << 30
 """An archive may hold so many times its own bytes; up to ``FREE`` bytes it may hold more."""
 
 _HEADER_BYTES = 12_000  # numpy itself refuses headers of more than 10,000 characters
@@ -60,7 +61,6 @@ class Entry:
     fortran: bool
     dtype: np.dtype
     offset: int
-    meter: Callable[[int], None]
 
     def read(self, rows: int | None = None) -> np.ndarray:
         """Read the values, of the first ``rows`` entries of axis 0 where that is given."""
@@ -73,7 +73,6 @@ class Entry:
                 f"{self.path}: array {self.name!r} of shape {self.shape} takes {n_bytes / 2**30:.1f} GiB, over the bound "
                 f"of {MAX_ARRAY_BYTES / 2**30:g}; read fewer samples or split the file"
             )
-        self.meter(n_bytes)
         with reading(self.path), self.opened() as stream:
             stream.read(self.offset)
             values = bytearray(stream.read(n_bytes))
@@ -83,20 +82,7 @@ class Entry:
         return array[:rows] if rows else array
 
 
-def _meter(path: Path) -> Callable[[int], None]:
-    """What counts the bytes that are read of a file and stops where they are too many for its size."""
-    read, allowed = 0, max(FREE, SWELLING * path.stat().st_size)
-
-    def count(n_bytes: int) -> None:
-        nonlocal read
-        read += n_bytes
-        if read > allowed:
-            raise FileError(f"{path}: would swell to more than {SWELLING} times its size; no data does, write it again")
-
-    return count
-
-
-def entry(path: Path, name: str, opened: Callable[[], IO[bytes]], meter: Callable[[int], None]) -> Entry:
+def entry(path: Path, name: str, opened: Callable[[], IO[bytes]]) -> Entry:
     with opened() as stream:
         head = io.BytesIO(stream.read(_HEADER_BYTES))
     version = np.lib.format.read_magic(head)
@@ -105,7 +91,7 @@ def entry(path: Path, name: str, opened: Callable[[], IO[bytes]], meter: Callabl
     shape, fortran, dtype = _HEADERS[version](head)
     if min(shape, default=0) < 0:
         raise ValueError(f"array {name!r} has shape {shape}")
-    return Entry(path, name, opened, shape, fortran, dtype, head.tell(), meter)
+    return Entry(path, name, opened, shape, fortran, dtype, head.tell())
 
 
 @contextmanager
@@ -113,14 +99,17 @@ def open_entries(path: Path, inputs: Inputs) -> Iterator[dict[str, Entry]]:
     """Open an .npz or .npy file; the one array of .npy takes the name of the model's one input."""
     with ExitStack() as stack:
         with reading(path):
-            meter = _meter(path)
             if path.suffix.lower() == ".npy":
                 name = next(iter(inputs)) if len(inputs) == 1 else path.stem
-                entries = {name: entry(path, name, lambda: path.open("rb"), meter)}
+                entries = {name: entry(path, name, lambda: path.open("rb"))}
             else:
                 archive = stack.enter_context(zipfile.ZipFile(path))
+                if sum(member.file_size for member in archive.infolist()) > max(FREE, SWELLING * path.stat().st_size):
+                    raise FileError(
+                        f"{path}: would swell to more than {SWELLING} times its size; no data does, write it again"
+                    )
                 members = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-                entries = {name: entry(path, name, partial(archive.open, f"{name}.npy"), meter) for name in members}
+                entries = {name: entry(path, name, partial(archive.open, f"{name}.npy")) for name in members}
         yield entries
 
 
@@ -142,6 +131,13 @@ def tensor(path: Path) -> tuple[str, np.ndarray]:
             raise FileError(f"{path}: not a complete ONNX tensor ({error})") from error
 
 
+@contextmanager
+def _no_warning(kind: type[Warning]) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kind)
+        yield
+
+
 def picture(path: Path, shape: Shape) -> np.ndarray:
     """Pixels of an image, uint8, in the channels and axis order of a declared input shape."""
     try:
@@ -153,7 +149,7 @@ def picture(path: Path, shape: Shape) -> np.ndarray:
     last = shape[3] in (1, 3) and shape[1] not in (1, 3)
     channels = shape[3 if last else 1]
     try:
-        with reading(path), Image.open(path) as image:
+        with reading(path), _no_warning(Image.DecompressionBombWarning), Image.open(path) as image:
             if image.mode[0] in "IF" or (isinstance(channels, int) and channels not in (1, 3)):
                 raise UsageError(
                     f"{path}: mode {image.mode} does not fit an input of shape {shape_text(shape)}; images are read as 8 "

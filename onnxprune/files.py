@@ -68,7 +68,7 @@ def _place() -> str:
     facts = [platform.node()]
     with suppress(OSError):
         facts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
-        facts.append(os.readlink("/proc/self/ns/pid"))
+        facts.append(str(pathlib.Path("/proc/self/ns/pid").readlink()))
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:12]
 
 

@@ -180,8 +180,8 @@ class Session:
             except Exception as error:
                 if options.terminate:
                     raise TooLongError(
-                        f"the model still ran after {RUN_SECONDS:g} s and was stopped: it loops without end, or needs a smaller "
-                        "--input-shape"
+                        f"the model still ran after {RUN_SECONDS:g} s and was stopped: it loops without end, or needs a "
+                        "smaller --input-shape"
                     ) from error
                 raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
 
