@@ -447,6 +447,9 @@ def _run(given: dict[str, Any]) -> Iterator[tuple[Console, Options]]:
         _fail(error, given, f"interrupted; {kept}", code=130)
     except click.ClickException:
         raise
+    except BrokenPipeError as error:
+        kept = f"; {given['written']} was written before" if given.get("written") else ""
+        _fail(error, given, f"standard output: its reader is gone{kept}", code=FileError.exit_code)
     except MemoryError as error:
         what = f" ({error})" if str(error) else ""
         _fail(error, given, f"out of memory{what}; give a smaller --input-shape or less data, or more memory", code=3)
