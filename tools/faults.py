@@ -3,7 +3,7 @@
 
     python tools/faults.py [--moments 50] [--seed 0] [--only kill]
 
-`kill` and `interrupt` send SIGKILL and SIGINT at random moments of a run; `full` writes to a tmpfs that is too small, and under
+`kill` and `interrupt` send SIGKILL and SIGINT at random moments of a run; `full` writes to a tmpfs that is too small and under
 a limit on file size; `readonly` writes to a read-only mount; `changed` exchanges the input while it is read; `pipe` closes
 standard input, output or error. OUT must be absent, the old one, or whole; the input untouched; the exit code the documented
 one; and after anything but SIGKILL no temporary file is left. Prints a line per fault, exits with 1 where one does not hold.
@@ -27,6 +27,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import onnx
+
+from onnxprune import pipeline
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "fixtures" / "digits"
@@ -197,10 +199,8 @@ def readonly(bench: Bench, *_: object) -> str:
 
 def changed(bench: Bench, moments: int, chance: random.Random) -> str:
     """The input is exchanged at random moments: OUT must be made of the file that the report names."""
-    import onnxprune  # noqa: PLC0415 (only this fault runs it here)
-
     other = bench.folder / "other.onnx"
-    onnxprune.write(onnxprune.prune(bench.source, target_mac=0.8), bench.source, other)
+    pipeline.write(pipeline.prune(bench.source, target_mac=0.8), bench.source, other)
     models = {hashlib.sha256(data).hexdigest(): data for data in (bench.given, other.read_bytes())}
     made, counts = {}, Counter[str]()
     for digest, data in models.items():
