@@ -59,11 +59,18 @@ def test_every_promise_has_its_test() -> None:
 # -- nothing is run ----------------------------------------------------------------------------------------------------
 
 
+def dotted(node: ast.expr) -> str:
+    """The text of a name with its attributes."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 @cache
 def calls() -> list[tuple[str, ast.Call]]:
     """Every call in the program, by the text of what is called."""
     return [
-        (ast.unparse(node.func), node)
+        (dotted(node.func), node)
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)

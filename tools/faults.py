@@ -3,7 +3,7 @@
 
     python tools/faults.py [--moments 50] [--seed 0] [--only kill]
 
-`kill` and `interrupt` send SIGKILL and SIGINT at random moments of a run; `full` writes to a tmpfs that is too small and under
+`kill` and `interrupt` send SIGKILL and SIGINT at random moments of a run; `full` fills a small tmpfs and writes under
 a limit on file size; `readonly` writes to a read-only mount; `changed` exchanges the input while it is read; `pipe` closes
 standard input, output or error. OUT must be absent, the old one, or whole; the input untouched; the exit code the documented
 one; and after anything but SIGKILL no temporary file is left. Prints a line per fault, exits with 1 where one does not hold.
