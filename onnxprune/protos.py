@@ -77,7 +77,7 @@ def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
-def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def every_node(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
     """Yield every node, those of bodies included."""
     for node in graph.node:
         yield node
