@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import pathlib
 import platform
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from onnxprune import external, files, storage
 from onnxprune.errors import FileError, ModelError, TooLongError, UsageError
-from onnxprune.protos import INTEGERS, bodies, is_float
+from onnxprune.protos import INTEGERS, bodies, every_node, is_float
 
 onnxruntime.set_default_logger_severity(4)
 
@@ -85,7 +86,7 @@ def thread_limit() -> int:
 
 
 RUN_SECONDS = 300.0
-"""How long one run may take: a loop in a model can go round for ever."""
+"""How long one run of a model with a Loop may take: it can go round for ever."""
 
 
 class Session:
@@ -150,6 +151,7 @@ class Session:
             i.name: (tuple(i.shape), np.dtype(_DTYPES.get(i.type, np.float32))) for i in self._session.get_inputs()
         }
         self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
+        self._may_loop = _may_loop(model)
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[Any]:
         """Run once.
@@ -159,7 +161,7 @@ class Session:
         ModelError
             The model cannot run on these feeds.
         TooLongError
-            It was stopped after :data:`RUN_SECONDS`.
+            It holds a Loop, and was stopped after :data:`RUN_SECONDS`.
         """
         return self._timed(feeds, outputs)[0]
 
@@ -173,17 +175,28 @@ class Session:
                 n: _single(n, v) if n in self.inputs and self.inputs[n][1] == np.float32 else v
                 for n, v in feeds.items()
             }
-        with _watched() as options:
+        with _watched() if self._may_loop else nullcontext() as options:
             begin = time.perf_counter()
             try:
                 return self._session.run(outputs, dict(feeds), options), time.perf_counter() - begin
             except Exception as error:
-                if options.terminate:
+                if options is not None and options.terminate:
                     raise TooLongError(
-                        f"the model still ran after {RUN_SECONDS:g} s and was stopped: it loops without end, or needs a "
+                        f"the model still ran after {RUN_SECONDS:g} s and was stopped: a Loop in it has no end, or needs a "
                         "smaller --input-shape"
                     ) from error
                 raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+
+def _may_loop(model: str | bytes | onnx.ModelProto) -> bool:
+    """Whether there is a Loop in a model: the size of its inputs bounds every other operator's time."""
+    if isinstance(model, onnx.ModelProto):
+        graphs = (model.graph, *model.functions)
+        return any(node.op_type == "Loop" for graph in graphs for node in every_node(graph))
+    if isinstance(model, bytes):
+        return b"Loop" in model
+    with pathlib.Path(model).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"Loop") >= 0
 
 
 @contextmanager
