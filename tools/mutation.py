@@ -177,7 +177,11 @@ def tests_of(file: str) -> list[str]:
     """Test files to run, those most likely to fail first."""
     path = pathlib.Path(file)
     if path.parts[0] == "passes":
-        return SELECTION
+        return [
+            *(["tests/passes/test_rank.py"] if path.stem == "allocate" else []),
+            *SELECTION,
+            "tests/test_calibrated.py",
+        ]
     own = OWN.get(path.stem, [f"tests/ops/test_{path.stem}.py"])
     return [*own, *RULES] if path.stem != "labels" else RULES[1:] + RULES[:1]
 
