@@ -448,6 +448,9 @@ def _run(given: dict[str, Any]) -> Iterator[tuple[Console, Options]]:
         _fail(error, given, f"interrupted; {kept}", code=130)
     except click.ClickException:
         raise
+    except MemoryError as error:
+        what = f" ({error})" if str(error) else ""
+        _fail(error, given, f"out of memory{what}; give a smaller --input-shape or less data, or more memory", code=3)
     except Exception as error:
         detail = (
             f"internal error: {type(error).__name__}: {error}\nThis is a bug; please report it with the output of -v."

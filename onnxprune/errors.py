@@ -3,6 +3,7 @@
 OnnxPruneError               exit code 1
 ├── UsageError               2   options that contradict, OUT exists
 ├── ModelError               3   the model is unreadable, invalid or cannot run
+├── TooLongError             3   one run of the model took longer than any should
 ├── BudgetError              4   the target is out of reach
 ├── ProofError               5   the pruned graph is not the masked original
 ├── QualityError             6   the quality guard is not met
@@ -26,6 +27,12 @@ class UsageError(OnnxPruneError):
 
 class ModelError(OnnxPruneError):
     """The model cannot be read, is invalid, or cannot run."""
+
+    exit_code = 3
+
+
+class TooLongError(OnnxPruneError):
+    """The model was still running after longer than any run should take: no other input shape is tried."""
 
     exit_code = 3
 

@@ -28,6 +28,7 @@ SMALL = 1024
 CHUNK = 16 << 20
 _VIEW = "view"  # keys of external_data that are never written to a file: what is made of the bytes,
 _STAMP = "stamp"  # and by what a change of the file shows
+_TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _BITS = {
     getattr(TensorProto, name): bits
     for bits, names in ((4, ("UINT4", "INT4", "FLOAT4E2M1")), (2, ("UINT2", "INT2")))
@@ -63,6 +64,37 @@ def _n_bytes(kind: int, dims) -> int:
         return 0
     bits = _BITS.get(kind) or 8 * np.dtype(helper.tensor_dtype_to_np_dtype(kind)).itemsize
     return (math.prod(dims) * bits + 7) // 8
+
+
+def require_complete(model: onnx.ModelProto) -> None:
+    """Raise :class:`ModelError` where a tensor holds fewer or more values than its shape claims: nobody allocates for a claim."""
+    for tensor in every_tensor(model):
+        known = tensor.data_type in TensorProto.DataType.values() and tensor.data_type != TensorProto.UNDEFINED
+        if not known or min(tensor.dims, default=0) < 0:
+            raise ModelError(f"{tensor.name}: no tensor has type {tensor.data_type} and shape {list(tensor.dims)}")
+        if is_outside(tensor):
+            continue
+        wanted, held = _n_claimed(tensor), _n_held(tensor)
+        if wanted != held:
+            raise ModelError(
+                f"{tensor.name}: holds {held} values or bytes where its shape {list(tensor.dims)} claims {wanted}; "
+                "the file is damaged, export it again"
+            )
+
+
+def _n_claimed(tensor: TensorProto) -> int:
+    if tensor.HasField("raw_data"):
+        return n_bytes(tensor)
+    n = math.prod(tensor.dims)
+    if tensor.data_type in _BITS:
+        return (n * _BITS[tensor.data_type] + 7) // 8
+    return 2 * n if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128) else n
+
+
+def _n_held(tensor: TensorProto) -> int:
+    if tensor.HasField("raw_data"):
+        return len(tensor.raw_data)
+    return sum(len(getattr(tensor, name)) for name in _TYPED)
 
 
 # -- where -------------------------------------------------------------------------------------------------------------

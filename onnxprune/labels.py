@@ -20,6 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
+from onnxprune.errors import ModelError
 from onnxprune.model import Constant, Model, Node
 
 
@@ -48,6 +49,9 @@ class Atom:
 
 
 Axis = tuple[Atom, ...]
+
+MAX_LABELS = 1 << 26
+"""Labels that the axes of a model may carry in all: networks of ten billion weights stay far below it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -248,6 +252,7 @@ class Ledger:
     atoms: list[np.ndarray] = field(default_factory=list)
     constants: dict[tuple[str, str], dict[int, Atom]] = field(default_factory=dict)
     n_labels: int = 0
+    n_carried: int = 0
     node: Node | None = None
     derived: set[str] = field(default_factory=set)
     refusals: dict[str, str] = field(default_factory=dict)
@@ -381,6 +386,10 @@ class Ledger:
     def labelled(self, labels: np.ndarray, rows: tuple[Atom, ...] = ()) -> Atom:
         """Return an atom that carries these labels, in rows that keep equally many."""
         self.atoms.append(labels)
+        self.n_carried += labels.size
+        if self.n_carried > MAX_LABELS:
+            where = f" at {self.node.title}" if self.node else ""
+            raise ModelError(f"the model multiplies its channels without measure{where}; nobody can prune such a graph")
         if rows:
             self.balances.append(labels)
         return Atom(labels.shape[-1], labels, rows)
@@ -691,7 +700,7 @@ class Ledger:
     def grid(self, axis: Axis, outer: int) -> tuple[Axis, Axis]:
         """See an axis as ``outer`` rows: return its two factors."""
         size = length(axis)
-        if size % outer:
+        if outer < 1 or size % outer:
             raise Refusal(f"{size} channels do not divide into {outer} groups")
         rows, columns = self._cut(list(axis), (outer, size // outer)) or (fixed(outer), fixed(size // outer))
         return rows, columns

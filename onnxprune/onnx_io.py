@@ -37,6 +37,10 @@ def load(path: str | os.PathLike) -> onnx.ModelProto:
     """
     path = pathlib.Path(path)
     model = load_graph(path)
+    try:
+        external.require_complete(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     external.attach(model, path)
     return model
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune import onnx_io, report, runtime, storage
+from onnxprune import external, onnx_io, report, runtime, storage
 from onnxprune.amend import amend, strip
 from onnxprune.branches import flatten, merges
 from onnxprune.budget import Budget
@@ -98,6 +98,7 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
     with clock.stage("load"):
         if isinstance(model, onnx.ModelProto):
             path, proto = None, model
+            external.require_complete(proto)
         else:
             path, proto = pathlib.Path(model), onnx_io.load(model)
         digest = onnx_io.sha256(path) if path is not None else ""

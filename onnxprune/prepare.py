@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 
 import onnx
 from onnx import helper, inliner, numpy_helper
 
 from onnxprune.branches import unique_names
+from onnxprune.errors import ModelError
 from onnxprune.ops.elementwise import BROADCAST, UNARY
-from onnxprune.protos import constant_tensor, copy_fields, list_as_inputs, reads
+from onnxprune.protos import bodies, constant_tensor, copy_fields, list_as_inputs, reads
 from onnxprune.runtime import Session
 from onnxprune.shapes import infer
 from onnxprune.states import without_zero_states
@@ -53,11 +55,54 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Put the bodies of local functions in the place of their calls; return the model itself where there is no call."""
+    """Put the bodies of local functions in the place of their calls; return the model itself where there is no call.
+
+    Raises
+    ------
+    ModelError
+        Functions call each other in a circle, or so often that the graph would grow beyond :data:`MAX_INLINED`.
+    """
     local = {(function.domain, function.name) for function in model.functions}
     if not any((node.domain, node.op_type) in local for node in model.graph.node):
         return model
-    return inliner.inline_local_functions(model)
+    if _inlined_size(model) > MAX_INLINED:
+        raise ModelError("the graph is invalid: its local functions call each other so often that it has no end")
+    try:
+        return inliner.inline_local_functions(model)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"the graph is invalid: {str(error).splitlines()[0]}") from error
+
+
+MAX_INLINED = 2 << 30
+"""Bytes that a graph may take with its functions inlined, every node counted as at least :data:`NODE_BYTES`."""
+
+NODE_BYTES = 1024
+
+
+def _inlined_size(model: onnx.ModelProto) -> int:
+    """Bytes of the graph once every call of a local function is replaced by its body."""
+    functions = {(function.domain, function.name): function for function in model.functions}
+    calls = {key: {(n.domain, n.op_type) for n in _all_nodes(f.node)} & functions.keys() for key, f in functions.items()}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(nodes: Iterable[onnx.NodeProto]) -> int:
+        return sum(sizes.get((node.domain, node.op_type), 0) + NODE_BYTES + node.ByteSize() for node in _all_nodes(nodes))
+
+    try:
+        for key in TopologicalSorter(calls).static_order():
+            sizes[key] = size(functions[key].node)
+    except CycleError as error:
+        circle = " -> ".join(name for _, name in error.args[1])
+        raise ModelError(f"the graph is invalid: local functions call each other in a circle ({circle})") from error
+    return size(model.graph.node)
+
+
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, and those of the bodies within them."""
+    for node in nodes:
+        yield node
+        for body in bodies(node):
+            yield from _all_nodes(body.node)
 
 
 def _flat_parameters(model: onnx.ModelProto) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,9 @@ from onnxprune import shapes as shape_search
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.model import Constant, Model, Node, Shape
 from onnxprune.protos import BITS, INTEGERS, bodies, captures, constant_tensor
+
+MAX_ELEMENTS, MAX_LENGTH = 1 << 32, 1 << 26
+"""Elements of a tensor, and length of an axis, beyond which nothing is tried."""
 
 TRIED_SIZES = (64, 32, 16, 128, 224, 256, 8)  # for dynamic axes nobody gave a size for
 
@@ -34,17 +38,20 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
         ``input_shapes`` names an unknown input or contradicts the model.
     """
     _check_opset(model)
+    _require_one_writer(model.graph)
     constants = _constants(model)
     declared = _declared_inputs(model, constants)
     shapes, notes = _input_shapes(model, declared, input_shapes or {})
     skeleton = _skeleton(model, constants, shapes)
     known, types = shape_search.infer(skeleton)
+    _refuse_giants(known)
     nodes = _nodes(skeleton)
     aliases = _aliases(nodes, constants)
     known.update({name: constant.shape for name, constant in constants.items()})
     known.update({name: constants[root].shape for name, root in aliases.items()})
     search = shape_search.Completion(skeleton, nodes, constants, aliases, known, types)
     arithmetic = search.run(lambda names: _run_for_shapes(model, names, shapes))
+    _refuse_giants(known)
     unknown = [name for node in nodes for name in node.outputs if name and name not in known]
     if unknown:
         notes.append(
@@ -75,6 +82,26 @@ def _check_opset(model: onnx.ModelProto) -> None:
         raise ModelError(
             f"opset {versions[0]} is too old; convert the model to opset 7 or newer (onnx.version_converter)"
         )
+
+
+def _require_one_writer(graph: onnx.GraphProto) -> None:
+    """Raise :class:`ModelError` where two nodes write one tensor, or a node writes an input or an initializer."""
+    written = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
+    for node in graph.node:
+        for name in filter(None, node.output):
+            if name in written:
+                raise ModelError(f"the graph is invalid: {name} is written by {node.op_type} {node.name}, and not by it alone")
+            written.add(name)
+
+
+def _refuse_giants(shapes: Mapping[str, Shape]) -> None:
+    """Raise :class:`ModelError` where a tensor is larger than anything that can be run or reasoned about here."""
+    for name, shape in shapes.items():
+        if math.prod(shape) > MAX_ELEMENTS or max(shape, default=0) > MAX_LENGTH:
+            raise ModelError(
+                f"{name} would have the shape {list(shape)}, and no tensor may have more than {MAX_ELEMENTS} elements or "
+                f"{MAX_LENGTH} on an axis; is the model damaged, or an --input-shape too large?"
+            )
 
 
 def _constants(model: onnx.ModelProto) -> dict[str, Constant]:

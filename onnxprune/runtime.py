@@ -7,6 +7,7 @@ import math
 import pathlib
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from onnx import TensorProto, numpy_helper
 from threadpoolctl import threadpool_limits
 
 from onnxprune import external, storage
-from onnxprune.errors import FileError, ModelError, UsageError
+from onnxprune.errors import FileError, ModelError, TooLongError, UsageError
 from onnxprune.protos import INTEGERS, bodies, is_float
 
 onnxruntime.set_default_logger_severity(4)
@@ -81,6 +82,10 @@ def threads_limited(threads: int) -> Iterator[None]:
 def thread_limit() -> int:
     """Threads of each session that starts here; 0 where onnxruntime chooses."""
     return _limit.get()
+
+
+RUN_SECONDS = 300.0
+"""How long one run may take: a loop in a model can go round for ever."""
 
 
 class Session:
@@ -147,22 +152,51 @@ class Session:
         self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[Any]:
-        """Run once; :class:`ModelError` where the model cannot run on these feeds."""
+        """Run once.
+
+        Raises
+        ------
+        ModelError
+            The model cannot run on these feeds.
+        TooLongError
+            It was stopped after :data:`RUN_SECONDS`.
+        """
+        return self._timed(feeds, outputs)[0]
+
+    def seconds(self, feeds: Mapping[str, np.ndarray]) -> float:
+        """Run once; wall-clock seconds."""
+        return self._timed(feeds, None)[1]
+
+    def _timed(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None) -> tuple[list[Any], float]:
         if self.promoted:
             feeds = {
                 n: v.astype(np.float32) if n in self.inputs and self.inputs[n][1] == np.float32 else v
                 for n, v in feeds.items()
             }
-        try:
-            return self._session.run(outputs, dict(feeds))
-        except Exception as error:
-            raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+        with _watched() as options:
+            begin = time.perf_counter()
+            try:
+                return self._session.run(outputs, dict(feeds), options), time.perf_counter() - begin
+            except Exception as error:
+                if options.terminate:
+                    raise TooLongError(
+                        f"the model still ran after {RUN_SECONDS:g} s and was stopped: it loops without end, or needs a smaller "
+                        "--input-shape"
+                    ) from error
+                raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
 
-    def seconds(self, feeds: Mapping[str, np.ndarray]) -> float:
-        """Run once; wall-clock seconds."""
-        begin = time.perf_counter()
-        self.run(feeds)
-        return time.perf_counter() - begin
+
+@contextmanager
+def _watched() -> Iterator[onnxruntime.RunOptions]:
+    """Options of a run that is stopped, before its next operator, once it has taken :data:`RUN_SECONDS`."""
+    options = onnxruntime.RunOptions()
+    watch = threading.Timer(RUN_SECONDS, setattr, (options, "terminate", True))
+    watch.daemon = True
+    watch.start()
+    try:
+        yield options
+    finally:
+        watch.cancel()
 
 
 class KernelClock:
