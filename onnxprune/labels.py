@@ -282,10 +282,16 @@ class Ledger:
         return known if known is not None else unlabelled(self.shape(name))
 
     def output(self, node: Node, layout: Layout | Sequence[Axis], index: int = 0) -> None:
-        """Set the layout of an output."""
+        """Set the layout of an output; :class:`Refusal` where its labels do not lie as the tensor does."""
         if not isinstance(layout, Layout):
             layout = self.arrange(layout)
-        self.layouts[node.outputs[index]] = layout
+        name = node.outputs[index]
+        shape, axes = self.model.shapes.get(name), layout.axes
+        if shape is not None and not all(map(is_fixed, axes)):
+            lengths = [n if is_fixed(axis) else length(axis) for n, axis in zip(shape, axes, strict=False)]
+            if len(axes) != len(shape) or lengths != list(shape):
+                raise Refusal(f"its operands do not go together: {[length(axis) for axis in axes]} is not {list(shape)}")
+        self.layouts[name] = layout
 
     def arrange(self, axes: Sequence[Axis]) -> Layout:
         """Build a layout: rejoin parts that stand side by side; rows that are gone tie what they told apart."""

@@ -43,7 +43,9 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
     declared = _declared_inputs(model, constants)
     shapes, notes = _input_shapes(model, declared, input_shapes or {})
     skeleton = _skeleton(model, constants, shapes)
-    known, types = shape_search.infer(skeleton)
+    known, types, contradiction = shape_search.infer_strictly(skeleton)
+    if contradiction:
+        _require_loads(model)
     _refuse_giants(known)
     nodes = _nodes(skeleton)
     aliases = _aliases(nodes, constants)
@@ -92,6 +94,12 @@ def _require_one_writer(graph: onnx.GraphProto) -> None:
             if name in written:
                 raise ModelError(f"the graph is invalid: {name} is written by {node.op_type} {node.name}, and not by it alone")
             written.add(name)
+
+
+def _require_loads(model: onnx.ModelProto) -> None:
+    """Raise :class:`ModelError` where onnxruntime finds, as onnx did, that shapes contradict one another."""
+    if runtime.fits(model) and all(node.domain in shape_search.RUNTIME_DOMAINS for node in model.graph.node):
+        runtime.Session(model, optimize=False)
 
 
 def _refuse_giants(shapes: Mapping[str, Shape]) -> None:

@@ -40,6 +40,8 @@ from mutation.judge import FAILED, Verdict, judge  # noqa: E402
 from mutation.seeds import Seeds, strip  # noqa: E402
 from mutation.shrinking import shrink  # noqa: E402
 
+from onnxprune import runtime  # noqa: E402
+
 RENEW = 2000  # mutants after which a process is replaced: onnxruntime's caches grow
 MEMORY = 6 << 30  # bytes of address space that a process may take: what a file claims must not be allocated unseen
 SAVED = 3  # mutants that are kept of one failure
@@ -210,6 +212,7 @@ def main() -> None:
         import faulthandler
 
         faulthandler.register(signal.SIGUSR1)
+        runtime.RUN_SECONDS = 5
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         work(_seeds(chosen), chosen.seed)
         return

@@ -32,7 +32,7 @@ SMALL = (
 """Models of the zoo that cost little once they are stripped."""
 _ARCHITECTURES = [name for name in ALL if name != "c2f_detector"]  # 1.5 s a run
 _RANDOM = 400
-_WEIGHTS = {"case": 40, "random": 25, "architecture": 12, "fixture": 3, "zoo": 20}
+_WEIGHTS = {"case": 55, "random": 28, "architecture": 6, "fixture": 2, "zoo": 9}
 
 
 class Seeds:
