@@ -290,7 +290,9 @@ class Ledger:
         if shape is not None and not all(map(is_fixed, axes)):
             lengths = [n if is_fixed(axis) else length(axis) for n, axis in zip(shape, axes, strict=False)]
             if len(axes) != len(shape) or lengths != list(shape):
-                raise Refusal(f"its operands do not go together: {[length(axis) for axis in axes]} is not {list(shape)}")
+                raise Refusal(
+                    f"its operands do not go together: {[length(axis) for axis in axes]} is not {list(shape)}"
+                )
         self.layouts[name] = layout
 
     def arrange(self, axes: Sequence[Axis]) -> Layout:
@@ -320,7 +322,7 @@ class Ledger:
         self.readers.add((node.key, constant.name))
         wanted = range(len(constant.shape)) if axes is None else axes
         for axis in wanted:
-            if axis not in known and constant.shape[axis] != 1:
+            if axis not in known and constant.shape[axis] > 1:
                 given = self.start(node, index, axis) if self.start else None
                 given = None if given is not None and given.ndim > 1 else given
                 known[axis] = self.atom(constant.shape[axis]) if given is None else self.labelled(given)
@@ -386,8 +388,8 @@ class Ledger:
         return np.arange(self.n_labels - size, self.n_labels)
 
     def atom(self, size: int) -> Atom:
-        """Return an atom with fresh labels."""
-        return self.labelled(self.fresh(size))
+        """Return an atom with fresh labels; one without indices has none."""
+        return self.labelled(self.fresh(size)) if size else Atom(0)
 
     def labelled(self, labels: np.ndarray, rows: tuple[Atom, ...] = ()) -> Atom:
         """Return an atom that carries these labels, in rows that keep equally many."""
@@ -652,6 +654,8 @@ class Ledger:
             return fixed(sum(length(axis) for axis in axes))
         runs: list[Atom] = []
         for axis in axes:
+            if not length(axis):
+                continue
             atom = self.flat(axis)
             if atom is None or atom.labels is None:
                 atom = self.atom(length(axis))
@@ -700,6 +704,8 @@ class Ledger:
 
     def regroup(self, layout: Layout, shape: Sequence[int]) -> Layout:
         """Reshape: walk the atoms in row-major order and cut them where the new axes end."""
+        if prod(length(axis) for axis in layout.axes) != prod(shape):
+            raise Refusal(f"{[length(axis) for axis in layout.axes]} cannot be reshaped to {list(shape)}")
         axes = self._cut([atom for axis in layout.axes for atom in axis], shape)
         return unlabelled(shape) if axes is None else self.arrange(axes)
 

@@ -92,11 +92,15 @@ NODE_BYTES = 1024
 def _inlined_size(model: onnx.ModelProto) -> int:
     """Bytes of the graph once every call of a local function is replaced by its body."""
     functions = {(function.domain, function.name): function for function in model.functions}
-    calls = {key: {(n.domain, n.op_type) for n in _all_nodes(f.node)} & functions.keys() for key, f in functions.items()}
+    calls = {
+        key: {(n.domain, n.op_type) for n in _all_nodes(f.node)} & functions.keys() for key, f in functions.items()
+    }
     sizes: dict[tuple[str, str], int] = {}
 
     def size(nodes: Iterable[onnx.NodeProto]) -> int:
-        return sum(sizes.get((node.domain, node.op_type), 0) + NODE_BYTES + node.ByteSize() for node in _all_nodes(nodes))
+        return sum(
+            sizes.get((node.domain, node.op_type), 0) + NODE_BYTES + node.ByteSize() for node in _all_nodes(nodes)
+        )
 
     try:
         for key in TopologicalSorter(calls).static_order():
@@ -175,7 +179,9 @@ def _filled_weights(model: onnx.ModelProto) -> list[str]:
     """Operands of convolutions and products that ConstantOfShape makes of a stored shape, as topologies without weights do."""
     stored = {tensor.name for tensor in model.graph.initializer}
     stored.update(node.output[0] for node in model.graph.node if node.op_type == "Constant")
-    made = {node.output[0] for node in model.graph.node if node.op_type == "ConstantOfShape" and node.input[0] in stored}
+    made = {
+        node.output[0] for node in model.graph.node if node.op_type == "ConstantOfShape" and node.input[0] in stored
+    }
     read = (name for node in model.graph.node if node.op_type in _PRODUCTS for name in node.input[:2])
     return list(dict.fromkeys(name for name in read if name in made))
 

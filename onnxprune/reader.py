@@ -92,7 +92,9 @@ def _require_one_writer(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         for name in filter(None, node.output):
             if name in written:
-                raise ModelError(f"the graph is invalid: {name} is written by {node.op_type} {node.name}, and not by it alone")
+                raise ModelError(
+                    f"the graph is invalid: {name} is written by {node.op_type} {node.name}, and not by it alone"
+                )
             written.add(name)
 
 
@@ -105,6 +107,8 @@ def _require_loads(model: onnx.ModelProto) -> None:
 def _refuse_giants(shapes: Mapping[str, Shape]) -> None:
     """Raise :class:`ModelError` where a tensor is larger than anything that can be run or reasoned about here."""
     for name, shape in shapes.items():
+        if min(shape, default=0) < 0:
+            raise ModelError(f"the graph is invalid: {name} would have the shape {list(shape)}")
         if math.prod(shape) > MAX_ELEMENTS or max(shape, default=0) > MAX_LENGTH:
             raise ModelError(
                 f"{name} would have the shape {list(shape)}, and no tensor may have more than {MAX_ELEMENTS} elements or "

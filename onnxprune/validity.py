@@ -88,6 +88,7 @@ def _require_fit(node: onnx.NodeProto, versions: dict[str, int]) -> None:
         if attribute.ref_attr_name:
             raise ValueError(f"refers to {attribute.ref_attr_name!r} of a function, and is in none")
     domain = "" if node.domain in STANDARD else node.domain
+    _require_bodies(node)
     schema = _schema(node.op_type, domain, versions.get(domain, 0))
     if schema is None:
         return
@@ -107,7 +108,23 @@ def _require_fit(node: onnx.NodeProto, versions: dict[str, int]) -> None:
         wanted = schema.attributes.get(attribute.name)
         if wanted is not None and attribute.type != int(wanted.type):
             kinds = AttributeProto.AttributeType
-            raise ValueError(f"has an attribute {attribute.name} of type {attribute.type}, not {kinds.Name(int(wanted.type))}")
+            raise ValueError(
+                f"has an attribute {attribute.name} of type {attribute.type}, not {kinds.Name(int(wanted.type))}"
+            )
+
+
+def _require_bodies(node: onnx.NodeProto) -> None:
+    """Raise ValueError where the bodies of control flow give or take other tensors than the node does."""
+    given = {attribute.name: attribute.g for attribute in node.attribute if attribute.HasField("g")}
+    n = len(node.output)
+    for name in ("then_branch", "else_branch"):
+        if node.op_type == "If" and name in given and len(given[name].output) != n:
+            raise ValueError(f"has {n} outputs, and its {name} has {len(given[name].output)}")
+    if node.op_type == "Loop" and "body" in given:
+        body, states = given["body"], max(len(node.input) - 2, 0)
+        if len(body.input) != 2 + states or len(body.output) != 1 + n or n < states:
+            sizes = f"{len(body.input)} inputs and {len(body.output)} outputs"
+            raise ValueError(f"carries {states} tensors and has {n} outputs, and its body has {sizes}")
 
 
 @lru_cache(maxsize=4096)

@@ -91,7 +91,11 @@ def expanded_constant(op: str = "Expand") -> ModelProto:
 
 def filled() -> ModelProto:
     """A ConstantOfShape of a terabyte."""
-    nodes = [node("ConstantOfShape", "to", "wide"), node("ReduceMean", "wide", "m", keepdims=0), node("Add", "c m", "y")]
+    nodes = [
+        node("ConstantOfShape", "to", "wide"),
+        node("ReduceMean", "wide", "m", keepdims=0),
+        node("Add", "c m", "y"),
+    ]
     return build(nodes, {"to": integers(GIANT)})
 
 

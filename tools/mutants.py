@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prune mutants of valid models (tests/mutation), and check that each is pruned, proved and valid, or refused in a line.
 
-    python tools/mutants.py [--mutants 20000] [--seed 0] [--start N] [--only KIND] [--save FOLDER] [--zoo FOLDER] [--no-zoo]
+    python tools/mutants.py [--mutants 20000] [--seed 0] [--start N] [--only KIND] [--save FOLDER] [--zoo FOLDER] [--no-zoo] [--family F]
     python tools/mutants.py --judge FOLDER...
 
 Seeds are the models of the operators' tests, random graphs, architectures, fixtures and, where it is there, the small models
@@ -43,7 +43,7 @@ from mutation.shrinking import shrink  # noqa: E402
 from onnxprune import runtime  # noqa: E402
 
 RENEW = 2000  # mutants after which a process is replaced: onnxruntime's caches grow
-MEMORY = 6 << 30  # bytes of address space that a process may take: what a file claims must not be allocated unseen
+LENIENT = 4  # number of a mutant that keeps 0.7 of its MAC
 SAVED = 3  # mutants that are kept of one failure
 
 
@@ -104,7 +104,15 @@ class Worker:
 
     def _start(self) -> None:
         c = self._chosen
-        words = ["--work", "--seed", c.seed, *(["--zoo", c.zoo] if c.zoo else ["--no-zoo"])]
+        words = [
+            "--work",
+            "--seed",
+            c.seed,
+            "--memory",
+            c.memory,
+            *(["--zoo", c.zoo] if c.zoo else []),
+            *(["--family", c.family] if c.family else []),
+        ]
         self._process = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", __file__, *map(str, words)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
@@ -145,8 +153,15 @@ def save(found: Mutant, number: int, verdict: Verdict, worker: Worker, folder: p
     place.mkdir(parents=True, exist_ok=True)
     for file, data in files.items():
         (place / file).write_bytes(data)
-    (place / "why.txt").write_text(f"{number}\n{found.seed}\n{', '.join(found.kinds)}\n{verdict.text}\n", encoding="utf-8")
+    (place / "why.txt").write_text(
+        f"{number}\n{found.seed}\n{', '.join(found.kinds)}\n{verdict.text}\n", encoding="utf-8"
+    )
     return place
+
+
+def title(verdict: Verdict) -> str:
+    """Heading of the column that counts a verdict."""
+    return f"{verdict.outcome} {verdict.code}" if verdict.code and verdict.outcome != FAILED else verdict.outcome
 
 
 def table(outcomes: dict[str, Counter[str]]) -> Iterator[str]:
@@ -166,7 +181,11 @@ def fuzz(chosen: argparse.Namespace) -> int:
     numbers = range(chosen.start, chosen.start + chosen.mutants)
     if chosen.only:
         places = [place for place, kind in enumerate(KINDS) if chosen.only in kind]
-        numbers = [number for number in range(chosen.start, chosen.start + 200 * chosen.mutants) if number % len(KINDS) in places]
+        numbers = [
+            number
+            for number in range(chosen.start, chosen.start + 200 * chosen.mutants)
+            if number % len(KINDS) in places
+        ]
         numbers = numbers[: chosen.mutants]
     with contextlib.closing(worker):
         for number in numbers:
@@ -174,12 +193,13 @@ def fuzz(chosen: argparse.Namespace) -> int:
             verdict = worker.ask(number)
             slowest = max(slowest, (time.perf_counter() - at, number))
             found = mutant(seeds, chosen.seed, number)
-            title = f"{verdict.outcome} {verdict.code}" if verdict.code and verdict.outcome != FAILED else verdict.outcome
             for kind in (*dict.fromkeys(found.kinds), "all mutants"):
-                outcomes[kind][title] += 1
+                outcomes[kind][title(verdict)] += 1
             if verdict.outcome == FAILED:
                 failures[verdict.key].append(number)
-                print(f"{number} {found.seed}: {', '.join(found.kinds)}\n    {verdict.text.splitlines()[-1]}", flush=True)
+                print(
+                    f"{number} {found.seed}: {', '.join(found.kinds)}\n    {verdict.text.splitlines()[-1]}", flush=True
+                )
                 if chosen.save and len(failures[verdict.key]) <= SAVED:
                     print(f"    saved {save(found, number, verdict, worker, chosen.save)}", flush=True)
     seconds = time.perf_counter() - begin
@@ -191,7 +211,7 @@ def fuzz(chosen: argparse.Namespace) -> int:
 
 
 def _seeds(chosen: argparse.Namespace) -> Seeds:
-    return Seeds(chosen.zoo.glob("*.onnx") if chosen.zoo else ())
+    return Seeds(chosen.zoo.glob("*.onnx") if chosen.zoo else (), chosen.family)
 
 
 def main() -> None:
@@ -205,7 +225,9 @@ def main() -> None:
     parser.add_argument("--save", type=pathlib.Path, metavar="FOLDER", help="for failing mutants")
     parser.add_argument("--zoo", type=pathlib.Path, metavar="FOLDER", help="for the stripped models of the zoo")
     parser.add_argument("--no-zoo", action="store_true")
+    parser.add_argument("--family", default="", choices=["case", "random", "architecture", "fixture", "zoo"])
     parser.add_argument("--judge", type=pathlib.Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("--memory", type=int, default=6, metavar="GIB", help="of address space that a process may take")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.work:
@@ -213,11 +235,11 @@ def main() -> None:
 
         faulthandler.register(signal.SIGUSR1)
         runtime.RUN_SECONDS = 5
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (chosen.memory << 30, chosen.memory << 30))
         work(_seeds(chosen), chosen.seed)
         return
     with tempfile.TemporaryDirectory(prefix="onnxprune.zoo.") as name:
-        if not chosen.no_zoo:
+        if not chosen.no_zoo and chosen.family in ("", "zoo"):
             chosen.zoo = chosen.zoo or pathlib.Path(name)
             chosen.zoo.mkdir(parents=True, exist_ok=True)
             strip(chosen.zoo)
@@ -225,7 +247,9 @@ def main() -> None:
             with contextlib.closing(Worker(chosen)) as worker:
                 verdicts = [(folder, worker.ask([str(folder), _number(folder)])) for folder in chosen.judge]
             for folder, verdict in verdicts:
-                print(folder, verdict.outcome, verdict.code or "", verdict.text.splitlines()[-1] if verdict.text else "")
+                print(
+                    folder, verdict.outcome, verdict.code or "", verdict.text.splitlines()[-1] if verdict.text else ""
+                )
             sys.exit(any(verdict.outcome == FAILED for _, verdict in verdicts))
         sys.exit(1 if fuzz(chosen) else 0)
 

@@ -27,7 +27,9 @@ def _wrapped(model: ModelProto, rng: random.Random, way: str) -> NodeProto:
         if rng.random() < 0.3:
             other.node[0].op_type = rng.choice(("Relu", "Identity", "Neg"))
         condition = f"{out}.condition"
-        before = [helper.make_node("Constant", [], [condition], value=numpy_helper.from_array(np.array(rng.random() < 0.5)))]
+        before = [
+            helper.make_node("Constant", [], [condition], value=numpy_helper.from_array(np.array(rng.random() < 0.5)))
+        ]
         if rng.random() < 0.3:
             model.graph.input.append(helper.make_tensor_value_info(condition, TensorProto.BOOL, []))
             before = []
@@ -46,7 +48,9 @@ def _wrapped(model: ModelProto, rng: random.Random, way: str) -> NodeProto:
     else:
         read = list(dict.fromkeys(name for name in node.input if name))
         attributes = [a.name for a in node.attribute]
-        function = helper.make_function("local", f"Function{place}", read, [inner], [node], list(model.opset_import), [])
+        function = helper.make_function(
+            "local", f"Function{place}", read, [inner], [node], list(model.opset_import), []
+        )
         if attributes and rng.random() < 0.3:
             function.attribute.append(attributes[0])
             reference = function.node[0].attribute[0]

@@ -76,7 +76,20 @@ def copy(message: T) -> T:
 
 INTEGERS = (0, 1, -1, 2, 3, -2, 7, 64, 100, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, 2**63 - 1, -(2**63))
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e-7, 0.5, 1e38, float("inf"), float("-inf"), float("nan"))
-WORDS = ("", "linear", "SAME_UPPER", "VALID", "bilinear", "constant", "\u00e9\u4e2d", "a" * 2000, "a\nb", "../../etc/passwd", "*", "0")
+WORDS = (
+    "",
+    "linear",
+    "SAME_UPPER",
+    "VALID",
+    "bilinear",
+    "constant",
+    "\u00e9\u4e2d",
+    "a" * 2000,
+    "a\nb",
+    "../../etc/passwd",
+    "*",
+    "0",
+)
 
 
 def integer(rng: random.Random, old: int = 0) -> int:

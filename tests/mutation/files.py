@@ -71,7 +71,9 @@ def external(found: Files, rng: random.Random) -> Files:
     elif way == 4:
         del tensor.external_data[:]
     elif way == 5:
-        tensor.external_data.add(key=rng.choice(("location", "offset", "checksum", "view", "stamp")), value=rng.choice(("", "1", DATA)))
+        tensor.external_data.add(
+            key=rng.choice(("location", "offset", "checksum", "view", "stamp")), value=rng.choice(("", "1", DATA))
+        )
     elif way == 6:
         tensor.raw_data = b"1234"
     return {**found, "in.onnx": model.SerializeToString(deterministic=True), DATA: data}

@@ -95,7 +95,9 @@ def opset(model: ModelProto, rng: random.Random) -> None:
     opsets = model.opset_import
     way = rng.randrange(6)
     if way == 0:
-        opsets.append(helper.make_opsetid(rng.choice(("", "ai.onnx", "com.microsoft", "custom")), rng.choice((1, 13, 17))))
+        opsets.append(
+            helper.make_opsetid(rng.choice(("", "ai.onnx", "com.microsoft", "custom")), rng.choice((1, 13, 17)))
+        )
     elif way == 1 and opsets:
         del opsets[rng.randrange(len(opsets))]
     else:

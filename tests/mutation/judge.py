@@ -70,10 +70,14 @@ def judge(found: Files, seed: int = 0, *, api: bool | None = None) -> Verdict:
 
 
 def _trace(error: Exception) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/onnxprune/" in f.filename or "/passes/" in f.filename]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "/onnxprune/" in f.filename or "/passes/" in f.filename
+    ]
     where = " < ".join(f"{pathlib.Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[:-4:-1])
     message = (str(error).splitlines() or [""])[0][:300]
-    return "".join(traceback.format_exception(error))[-6000:] + f"\n{where or 'judge'}: {type(error).__name__}: {message}"
+    return (
+        "".join(traceback.format_exception(error))[-6000:] + f"\n{where or 'judge'}: {type(error).__name__}: {message}"
+    )
 
 
 def _through_python(folder: pathlib.Path, target: float, preset: str) -> Verdict:
@@ -95,7 +99,9 @@ def _through_python(folder: pathlib.Path, target: float, preset: str) -> Verdict
 def _refusal(code: int, message: str) -> Verdict:
     lines = message.splitlines()
     if not 1 <= len(lines) <= 3 or code not in (2, 3, 4, 5, 6, 7) or "Traceback" in message or len(message) > 2000:
-        raise AssertionError(f"no clean refusal: exit code {code}, {len(lines)} lines, {len(message)} characters: {message}")
+        raise AssertionError(
+            f"no clean refusal: exit code {code}, {len(lines)} lines, {len(message)} characters: {message}"
+        )
     return Verdict(REFUSED, code, message)
 
 
@@ -115,11 +121,20 @@ def _through_command_line(folder: pathlib.Path, target: float, preset: str) -> V
     removed = json.loads(plan.read_text(encoding="utf-8"))["initializers"]
     if not removed:
         return Verdict(MET)
-    _check(onnx_io.load(path), onnx_io.load(out), onnxprune.Plan.from_json(plan.read_text()), report["target"]["achieved"], target, verifies=preset != "d")
+    _check(
+        onnx_io.load(path),
+        onnx_io.load(out),
+        onnxprune.Plan.from_json(plan.read_text()),
+        report["target"]["achieved"],
+        target,
+        verifies=preset != "d",
+    )
     return Verdict(PRUNED)
 
 
-def _check(model: ModelProto, pruned: ModelProto, plan: onnxprune.Plan, achieved: float, target: float, *, verifies: bool) -> None:
+def _check(
+    model: ModelProto, pruned: ModelProto, plan: onnxprune.Plan, achieved: float, target: float, *, verifies: bool
+) -> None:
     """The result meets the target, verifies, and satisfies onnx and onnxruntime wherever the original does."""
     if not achieved <= target:
         raise AssertionError(f"{achieved} of the MAC are left, {target} were asked for")

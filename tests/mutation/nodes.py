@@ -11,7 +11,9 @@ import onnxprune.ops
 
 from .common import FLOATS, WORDS, Unfit, copy, graph_of, integer, names, node_of, pick, replace
 
-OPERATORS = sorted({op for _, op in onnxprune.ops.supported()} | {schema.name for schema in onnx.defs.get_all_schemas()})
+OPERATORS = sorted(
+    {op for _, op in onnxprune.ops.supported()} | {schema.name for schema in onnx.defs.get_all_schemas()}
+)
 DOMAINS = ("", "ai.onnx", "com.microsoft", "ai.onnx.ml", "ai.onnx.training", "custom")
 STRAY = {
     "axis": (0, 1, -1, 5), "axes": ([0], [1, 2], [-1, 9], []), "perm": ([1, 0], [0, 1, 2, 3], [0, 0], [-1]),
@@ -107,7 +109,11 @@ def rewire_alike(model: ModelProto, rng: random.Random) -> None:
     options = []
     for number, node in enumerate(model.graph.node):
         for index, name in enumerate(node.input):
-            options += [(number, index, e) for e in earlier[-60:] if e != name and name in shapes and shapes.get(e) == shapes[name]]
+            options += [
+                (number, index, e)
+                for e in earlier[-60:]
+                if e != name and name in shapes and shapes.get(e) == shapes[name]
+            ]
         earlier += node.output
     number, index, name = pick(rng, options)
     model.graph.node[number].input[index] = name
@@ -213,7 +219,9 @@ def attribute_type(model: ModelProto, rng: random.Random) -> None:
     if rng.random() < 0.5:
         attribute.type = rng.randrange(15)
         return
-    value = rng.choice((3, [1, 2], 0.5, [0.5], "text", ["a", "b"], helper.make_tensor("t", TensorProto.FLOAT, [2], [1, 2])))
+    value = rng.choice(
+        (3, [1, 2], 0.5, [0.5], "text", ["a", "b"], helper.make_tensor("t", TensorProto.FLOAT, [2], [1, 2]))
+    )
     attribute.CopyFrom(helper.make_attribute(attribute.name, value))
 
 

@@ -9,7 +9,9 @@ from onnx import ModelProto, helper, numpy_helper
 
 from .common import FLOATS, Unfit, pick
 
-QUANTISERS = "QuantizeLinear DequantizeLinear QLinearConv QLinearMatMul ConvInteger MatMulInteger DynamicQuantizeLinear".split()
+QUANTISERS = (
+    "QuantizeLinear DequantizeLinear QLinearConv QLinearMatMul ConvInteger MatMulInteger DynamicQuantizeLinear".split()
+)
 
 
 def weight(model: ModelProto, rng: random.Random) -> None:
@@ -53,7 +55,9 @@ def pair(model: ModelProto, rng: random.Random) -> None:
         model.graph.initializer.append(numpy_helper.from_array(values, f"{tag}.{part}"))
     given, axis = [f"{tag}.scale", f"{tag}.zero"], rng.choice((0, 1, -1))
     node.input[0] = f"{tag}.back"
-    model.graph.node.insert(place, helper.make_node("DequantizeLinear", [f"{tag}.codes", *given], [f"{tag}.back"], axis=axis))
+    model.graph.node.insert(
+        place, helper.make_node("DequantizeLinear", [f"{tag}.codes", *given], [f"{tag}.back"], axis=axis)
+    )
     model.graph.node.insert(place, helper.make_node("QuantizeLinear", [x, *given], [f"{tag}.codes"], axis=axis))
 
 

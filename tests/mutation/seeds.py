@@ -36,9 +36,13 @@ _WEIGHTS = {"case": 55, "random": 28, "architecture": 6, "fixture": 2, "zoo": 9}
 
 
 class Seeds:
-    """Named models, made when they are first asked for; the zoo's are read from a folder that :func:`strip` filled."""
+    """Named models, made when they are first asked for; the zoo's are read from a folder that :func:`strip` filled.
 
-    def __init__(self, zoo: Iterable[pathlib.Path] = ()) -> None:
+    With a ``family``, only its members are drawn.
+    """
+
+    def __init__(self, zoo: Iterable[pathlib.Path] = (), family: str = "") -> None:
+        self._family = family
         self._zoo = {f"zoo {path.stem}": partial(onnx.load, path) for path in sorted(zoo)}
         self._made: dict[str, ModelProto] = {}
 
@@ -61,7 +65,7 @@ class Seeds:
     def draw(self, rng: random.Random) -> str:
         """Draw a name: first a family, then one of it."""
         present = [family for family, members in self._families.items() if members]
-        family = rng.choices(present, [_WEIGHTS[each] for each in present])[0]
+        family = self._family or rng.choices(present, [_WEIGHTS[each] for each in present])[0]
         return rng.choice(self._families[family])
 
     def model(self, name: str) -> ModelProto:
@@ -72,7 +76,9 @@ class Seeds:
 
 
 def _cases() -> list[Case]:
-    modules = [importlib.import_module(f"ops.{path.stem}") for path in sorted((ROOT / "tests" / "ops").glob("test_*.py"))]
+    modules = [
+        importlib.import_module(f"ops.{path.stem}") for path in sorted((ROOT / "tests" / "ops").glob("test_*.py"))
+    ]
     return [case for module in modules for case in getattr(module, "CASES", ()) if isinstance(case, Case)]
 
 

@@ -216,7 +216,9 @@ def becomes_input(model: ModelProto, rng: random.Random) -> None:
 def becomes_node(model: ModelProto, rng: random.Random) -> None:
     """Move an initializer into a Constant node, its value perhaps in an attribute of another name."""
     tensor = pick(rng, model.graph.initializer)
-    key = rng.choice(("value", "value", "value", "value_floats", "value_int", "value_string", "sparse_value", "nothing"))
+    key = rng.choice(
+        ("value", "value", "value", "value_floats", "value_int", "value_string", "sparse_value", "nothing")
+    )
     value = {"value_floats": [1.0, 2.0], "value_int": 3, "value_string": "text"}.get(key, tensor)
     node = helper.make_node("Constant", [], [tensor.name], **{key: value})
     model.graph.node.insert(rng.choice((0, 0, len(model.graph.node))), node)
