@@ -176,7 +176,7 @@ def _computed_weights(model: onnx.ModelProto) -> list[str]:
 
 
 def _filled_weights(model: onnx.ModelProto) -> list[str]:
-    """Operands of convolutions and products that ConstantOfShape makes of a stored shape, as topologies without weights do."""
+    """Operands of convolutions and products that ConstantOfShape makes of a stored shape."""
     stored = {tensor.name for tensor in model.graph.initializer}
     stored.update(node.output[0] for node in model.graph.node if node.op_type == "Constant")
     made = {

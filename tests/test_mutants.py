@@ -17,6 +17,10 @@ from graphs import Tiny, perceptron, sandwich
 from oracle import assert_pruned, couple_proto
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+FEW = (
+    "test_conv_with*", "test_gemm_*", "test_matmul_*", "test_Conv1d*", "test_Linear*", "test_sequence_model1",
+    "light_squeezenet",
+)  # fmt: skip
 
 
 def convolutions() -> ModelProto:
@@ -142,12 +146,29 @@ def test_weight_and_tensor_that_swap_are_refused() -> None:
 
 
 def test_norm_that_does_not_fit_is_no_gain() -> None:
-    """Parameters of a BatchNormalization for other channels, which inference of old opsets takes, are no gain of a weight."""
+    """Parameters of a BatchNormalization for other channels, which old opsets let pass, are no gain of a weight."""
     model = sandwich(lambda t, x: t.batch_norm(x, "n", 6), opset=8)
     for tensor in model.graph.initializer:
         if tensor.name.startswith("n."):
             tensor.CopyFrom(numpy_helper.from_array(np.ones(8, np.float32), tensor.name))
     refused(model)
+
+
+def test_bias_that_is_one_number_is_refused() -> None:
+    """A bias has an axis."""
+    model = convolutions()
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.array(1, np.float32), "a.b"))
+    refused(model)
+
+
+def test_declared_shape_of_a_constant_node_follows() -> None:
+    """Where a Constant node's output is declared, the declaration shrinks with it."""
+    model = convolutions()
+    weight = model.graph.initializer[0]
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["a.w"], value=weight))
+    model.graph.value_info.append(helper.make_tensor_value_info("a.w", TensorProto.FLOAT, [6, 2, 1, 1]))
+    del model.graph.initializer[0]
+    assert_pruned(model)
 
 
 def test_branch_that_gives_too_little_is_refused() -> None:
@@ -166,9 +187,8 @@ def test_branch_that_gives_too_little_is_refused() -> None:
 def test_function_that_is_called_with_too_much_is_refused() -> None:
     """A local function that takes fewer inputs than its call gives cannot be inlined."""
     model = convolutions()
-    function = helper.make_function(
-        "local", "F", [], ["y"], [helper.make_node("Relu", ["x"], ["y"])], [helper.make_opsetid("", 17)]
-    )
+    body = [helper.make_node("Relu", ["x"], ["y"])]
+    function = helper.make_function("local", "F", [], ["y"], body, [helper.make_opsetid("", 17)])
     model.functions.append(function)
     model.opset_import.append(helper.make_opsetid("local", 1))
     model.graph.node[1].CopyFrom(helper.make_node("F", ["a"], ["r"], domain="local"))
@@ -214,6 +234,18 @@ def tool(name: str, *arguments: object) -> str:
 def test_few_mutants_prune_or_are_refused() -> None:
     """Mutants of the tests' own models prune and prove, or are refused in a line; none does anything else."""
     assert "60 mutants in" in tool("mutants.py", "--mutants", 60, "--seed", 1, "--family", "case")
+
+
+def test_few_models_of_onnx_prune_or_are_refused() -> None:
+    """Node tests that onnx generates, a few layers, and a topology whose weights are one number each."""
+    few = [word for name in FEW for word in ("--only", name)]
+    assert "40 models in" in tool("onnx_models.py", *few)
+
+
+@pytest.mark.slow
+def test_all_models_of_onnx_prune_or_are_refused() -> None:
+    """So does every model of the onnx package, and every topology prunes."""
+    tool("onnx_models.py")
 
 
 @pytest.mark.slow

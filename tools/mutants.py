@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Prune mutants of valid models (tests/mutation), and check that each is pruned, proved and valid, or refused in a line.
 
-    python tools/mutants.py [--mutants 20000] [--seed 0] [--start N] [--only KIND] [--save FOLDER] [--zoo FOLDER] [--no-zoo] [--family F]
+    python tools/mutants.py [--mutants 20000] [--seed 0] [--start N] [--only KIND] [--family F] [--save FOLDER]
+                            [--zoo FOLDER] [--no-zoo]
     python tools/mutants.py --judge FOLDER...
 
 Seeds are the models of the operators' tests, random graphs, architectures, fixtures and, where it is there, the small models
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import pathlib
@@ -76,7 +78,7 @@ class Worker:
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self._chosen, self._process, self._age = chosen, None, 0
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this)
 
     def ask(self, question: object) -> Verdict:
         """Judge a mutant by its number, or what lies in a folder."""
@@ -231,8 +233,6 @@ def main() -> None:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.work:
-        import faulthandler
-
         faulthandler.register(signal.SIGUSR1)
         runtime.RUN_SECONDS = 5
         resource.setrlimit(resource.RLIMIT_AS, (chosen.memory << 30, chosen.memory << 30))

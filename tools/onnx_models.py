@@ -3,8 +3,8 @@
 
     python tools/onnx_models.py [--only GLOB]... [--kind KIND]... [--save FOLDER] [-v]
 
-Kinds: node, simple, pytorch-converted, pytorch-operator, light. Each model is judged as a mutant is (tests/mutation/judge.py):
-it is pruned, proved and accepted by onnx and onnxruntime, or refused in a line, in a process that is started anew where one
+Kinds: node, simple, pytorch-converted, pytorch-operator, light. Each model is judged as mutants are, by tests/mutation: it
+is pruned, proved and accepted by onnx and onnxruntime, or refused in a line, in a process that is started anew where one
 dies. Topologies (light) must all be pruned. The table counts, per kind, how models ended; exit code 1 where any FAILED.
 """
 

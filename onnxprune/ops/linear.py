@@ -187,7 +187,12 @@ def multiply(
 
 
 def _bias(node: Node, ledger: Ledger, out: Axis, index: int = 2) -> Axis:
-    return ledger.unify(out, ledger.input(node, index).axes[0]) if node.has(index) else out
+    if not node.has(index):
+        return out
+    axes = ledger.input(node, index).axes
+    if len(axes) != 1:
+        raise Refusal(f"a bias of {len(axes)} axes")
+    return ledger.unify(out, axes[0])
 
 
 def _broadcast(ledger: Ledger, a: list[Axis], b: list[Axis]) -> list[Axis]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-import numpy as np
 from onnxprune.protos import bodies
 
 from .common import Unfit, copy, graphs, integer, names, pick

@@ -1,4 +1,4 @@
-"""Valid models to start from: those of the operators' tests, random ones, architectures, fixtures, and stripped real ones."""
+"""Valid models to start from: of the operators' tests, random ones, architectures, fixtures, and stripped real ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from functools import cached_property, partial
 from typing import Any
 
 import onnx
-from architectures import ALL
 from onnx import ModelProto
 
 import onnxprune
+from architectures import ALL
 from oracle import Case
 from random_graphs import seeded_net, valid
 
@@ -24,8 +24,8 @@ from .common import copy
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ZOO = ROOT.parent / "shared" / "zoo"
 SMALL = (
-    "cbam cnn3d crnn_kws drrn_shared fsrcnn gn_resnet gru_seq hf_bert hf_gpt2 hf_llama_gqa hf_llama_gqa-dynamo hf_t5_encoder "
-    "hf_wav2vec2 lstm_bi lstm_bi-dynamo pointnet siamese style_instnorm tcn_wavenet unet_bn v_functions_dynamo "
+    "cbam cnn3d crnn_kws drrn_shared fsrcnn gn_resnet gru_seq hf_bert hf_gpt2 hf_llama_gqa hf_llama_gqa-dynamo "
+    "hf_t5_encoder hf_wav2vec2 lstm_bi lstm_bi-dynamo pointnet siamese style_instnorm tcn_wavenet unet_bn v_functions_dynamo "
     "v_hf_bert_int8dyn v_hf_bert_ortopt v_hf_llama_dynseq v_resnet18_constnodes v_resnet18_fp16 v_resnet18_qdq v_script_if "
     "v_tied_embedding"
 ).split()

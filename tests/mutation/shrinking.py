@@ -13,7 +13,7 @@ _ROUNDS = 200
 
 
 def shrink(found: Files, model: ModelProto | None, fails: Callable[[Files], bool]) -> Files:
-    """Drop nodes, initializers and declarations one by one while ``fails`` holds; bytes that are no model stay as they are."""
+    """Drop nodes, initializers and declarations while ``fails`` holds; bytes that are no model stay as they are."""
     if model is None or len(found) > 1 or not fails(written(model)):
         return found
     rounds, again = 0, True

@@ -231,15 +231,18 @@ def computed(model: ModelProto, rng: random.Random) -> None:
     tensor = pick(rng, model.graph.initializer)
     name, inner = tensor.name, f"{tensor.name}.stored"
     way = rng.choice(("Identity", "Cast", "Mul", "Neg", "Transpose", "ConstantOfShape", "Reshape"))
-    nodes = {
-        "Identity": [helper.make_node("Identity", [inner], [name])],
-        "Cast": [helper.make_node("Cast", [inner], [name], to=tensor.data_type)],
-        "Mul": [helper.make_node("Mul", [inner, inner], [name])],
-        "Neg": [helper.make_node("Neg", [inner], [name])],
-        "Transpose": [helper.make_node("Transpose", [inner], [f"{name}.t"]), helper.make_node("Transpose", [f"{name}.t"], [name])],
-        "ConstantOfShape": [helper.make_node("Shape", [inner], [f"{name}.s"]), helper.make_node("ConstantOfShape", [f"{name}.s"], [name])],
-        "Reshape": [helper.make_node("Shape", [inner], [f"{name}.s"]), helper.make_node("Reshape", [inner, f"{name}.s"], [name])],
-    }[way]  # fmt: skip
+    steps = {
+        "Identity": [("Identity", [inner], name)],
+        "Cast": [("Cast", [inner], name)],
+        "Mul": [("Mul", [inner, inner], name)],
+        "Neg": [("Neg", [inner], name)],
+        "Transpose": [("Transpose", [inner], f"{name}.t"), ("Transpose", [f"{name}.t"], name)],
+        "ConstantOfShape": [("Shape", [inner], f"{name}.s"), ("ConstantOfShape", [f"{name}.s"], name)],
+        "Reshape": [("Shape", [inner], f"{name}.s"), ("Reshape", [inner, f"{name}.s"], name)],
+    }[way]
+    nodes = [helper.make_node(op, read, [made]) for op, read, made in steps]
+    if way == "Cast":
+        nodes[0].attribute.append(helper.make_attribute("to", tensor.data_type))
     tensor.name = inner
     for node in reversed(nodes):
         model.graph.node.insert(0, node)
