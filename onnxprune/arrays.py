@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import lzma
 import math
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,12 @@ import onnx
 from onnx import numpy_helper
 
 from onnxprune.errors import FileError, UsageError
+from onnxprune.files import require_plain
 
 MAX_ARRAY_BYTES = 4 << 30  # of one array, counting only the samples that ``limit`` leaves
+SWELLING, FREE = 100, 1 << 30
+"""An archive may hold so many times its own bytes; up to ``FREE`` bytes it may hold more."""
+
 _HEADER_BYTES = 12_000  # numpy itself refuses headers of more than 10,000 characters
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 IMAGES = frozenset([".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
@@ -33,7 +38,8 @@ Inputs = Mapping[str, tuple[Shape, np.dtype]]
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what missing, forbidden and damaged files raise into :class:`FileError`."""
+    """Turn what missing, forbidden and damaged files raise into :class:`FileError`; pipes and devices are refused."""
+    require_plain(path)
     try:
         yield
     except FileNotFoundError as error:
@@ -98,6 +104,10 @@ def open_entries(path: Path, inputs: Inputs) -> Iterator[dict[str, Entry]]:
                 entries = {name: entry(path, name, lambda: path.open("rb"))}
             else:
                 archive = stack.enter_context(zipfile.ZipFile(path))
+                if sum(member.file_size for member in archive.infolist()) > max(FREE, SWELLING * path.stat().st_size):
+                    raise FileError(
+                        f"{path}: would swell to more than {SWELLING} times its size; no data does, write it again"
+                    )
                 members = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
                 entries = {name: entry(path, name, partial(archive.open, f"{name}.npy")) for name in members}
         yield entries
@@ -121,6 +131,13 @@ def tensor(path: Path) -> tuple[str, np.ndarray]:
             raise FileError(f"{path}: not a complete ONNX tensor ({error})") from error
 
 
+@contextmanager
+def _no_warning(kind: type[Warning]) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kind)
+        yield
+
+
 def picture(path: Path, shape: Shape) -> np.ndarray:
     """Pixels of an image, uint8, in the channels and axis order of a declared input shape."""
     try:
@@ -132,7 +149,7 @@ def picture(path: Path, shape: Shape) -> np.ndarray:
     last = shape[3] in (1, 3) and shape[1] not in (1, 3)
     channels = shape[3 if last else 1]
     try:
-        with reading(path), Image.open(path) as image:
+        with reading(path), _no_warning(Image.DecompressionBombWarning), Image.open(path) as image:
             if image.mode[0] in "IF" or (isinstance(channels, int) and channels not in (1, 3)):
                 raise UsageError(
                     f"{path}: mode {image.mode} does not fit an input of shape {shape_text(shape)}; images are read as 8 "

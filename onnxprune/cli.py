@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shlex
 import sys
-import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from onnxprune import onnx_io, pipeline, quality, report, runtime
 from onnxprune import profile as profiles
 from onnxprune.encodings import SlicedEncodings, slice_encodings
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
+from onnxprune.files import alone_in, read_toml, require_plain
 from onnxprune.metrics import METRICS
 from onnxprune.options import COMPENSATE, MEASURED, Options, silent
 from onnxprune.options import Progress as RunProgress
@@ -117,12 +118,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
     if path is None:
         return
     ctx.meta[_CONFIG] = path
-    try:
-        data = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: is not valid TOML ({error})") from error
+    data = read_toml(path)
     own = data.get(ctx.info_name or "", {})
     if not isinstance(own, dict):
         raise UsageError(f"{path}: [{ctx.info_name}] is not a table")
@@ -310,17 +306,18 @@ def prune(model: str, out: str, **given: Any) -> None:
                 model, result.model, given["data"], given["metric"], reading, options.provider
             )
         encodings = _sliced_encodings(model, result, options, given)
-        done = pipeline.write(result, model, out, force=given["force"])
-        done = replace(done, quality=measured, pictures=shown, notes=(*done.notes, *notes, *encodings.notes))
-        given["written"] = out
-        _write_encodings(given, encodings)
-        plan = result.plan
-        del result
-        if given["plan_out"]:
-            onnx_io.write(given["plan_out"], json.dumps(plan.to_json(), indent=1).encode())
-        if given["latency"] and done.latency_ms is None and not given["latency_table"]:
-            done = quality.with_latency(done, options.provider)
-        _finish(console, done, given, text.summary)
+        with alone_in(pathlib.Path(out).parent):
+            done = pipeline.write(result, model, out, force=given["force"])
+            done = replace(done, quality=measured, pictures=shown, notes=(*done.notes, *notes, *encodings.notes))
+            given["written"] = out
+            _write_encodings(given, encodings)
+            plan = result.plan
+            del result
+            if given["plan_out"]:
+                onnx_io.write(given["plan_out"], json.dumps(plan.to_json(), indent=1).encode())
+            if given["latency"] and done.latency_ms is None and not given["latency_table"]:
+                done = quality.with_latency(done, options.provider)
+            _finish(console, done, given, text.summary)
         if failed:
             raise QualityError(f"{failed}; {out} was written because of --keep-going")
 
@@ -362,11 +359,12 @@ def apply(model: str, out: str, plan: str, **given: Any) -> None:
         with _progress(given) as progress:
             result = pipeline.apply(model, plan, options, progress)
         encodings = _sliced_encodings(model, result, options, given)
-        done = pipeline.write(result, model, out, force=given["force"])
-        done = replace(done, notes=(*done.notes, *encodings.notes))
-        given["written"] = out
-        _write_encodings(given, encodings)
-        _finish(console, done, given, text.summary)
+        with alone_in(pathlib.Path(out).parent):
+            done = pipeline.write(result, model, out, force=given["force"])
+            done = replace(done, notes=(*done.notes, *encodings.notes))
+            given["written"] = out
+            _write_encodings(given, encodings)
+            _finish(console, done, given, text.summary)
 
 
 @commands.command()
@@ -434,6 +432,7 @@ def _run(given: dict[str, Any]) -> Iterator[tuple[Console, Options]]:
         console = Console(stderr=given["json_path"] == "-")
         if not console.is_terminal:
             console.width = PIPE_WIDTH
+        _check_reads(given)
         _check_writes(given)
         options = _options(given)
         with runtime.threads_limited(options.threads):
@@ -448,6 +447,9 @@ def _run(given: dict[str, Any]) -> Iterator[tuple[Console, Options]]:
         _fail(error, given, f"interrupted; {kept}", code=130)
     except click.ClickException:
         raise
+    except BrokenPipeError as error:
+        kept = f"; {given['written']} was written before" if given.get("written") else ""
+        _fail(error, given, f"standard output: its reader is gone{kept}", code=FileError.exit_code)
     except MemoryError as error:
         what = f" ({error})" if str(error) else ""
         _fail(error, given, f"out of memory{what}; give a smaller --input-shape or less data, or more memory", code=3)
@@ -465,6 +467,12 @@ OUTPUTS = ("out", "json_path", "html_path", "plan_out", "encodings_out", "csv_pa
 """Parameters of all commands that name models and other files to read, and files to write."""
 
 _CONFIG = "onnxprune.config"  # where click keeps the path of --config
+
+
+def _check_reads(given: dict[str, Any]) -> None:
+    """Refuse to read pipes and devices, which may never end."""
+    for path in _paths({**click.get_current_context().params, **given}, MODELS + FILES):
+        require_plain(path)
 
 
 def _check_writes(given: dict[str, Any]) -> None:
@@ -541,11 +549,16 @@ def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:
     return a.is_file() and b.is_file() and a.samefile(b)
 
 
+def _printable(text_: str) -> str:
+    """Text without what would command a terminal, as names in a model may; colours stay."""
+    return re.sub(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]", "?", text_)
+
+
 def _fail(error: BaseException, given: Mapping[str, Any], message: str, code: int | None = None) -> NoReturn:
     code = getattr(error, "exit_code", 1) if code is None else code
     if given["verbose"]:
         traceback.print_exception(error, file=sys.stderr)
-    click.echo(f"onnxprune: {message}", err=True)
+    click.echo(_printable(f"onnxprune: {message}"), err=True)
     try:
         kept = with_error(given["json_path"], code, message)
         _write_json(given["json_path"], kept or report.error_json(code, message))
@@ -600,7 +613,7 @@ def _print(console: Console, show: Callable[..., None], what: Any, given: Mappin
     with console.capture() as shown:
         show(console, what, verbose=given["verbose"])
     lines = (line.rstrip() for line in shown.get().splitlines())
-    click.echo("\n".join(lines), err=console.stderr, color=console.is_terminal or None)
+    click.echo(_printable("\n".join(lines)), err=console.stderr, color=console.is_terminal or None)
 
 
 def _write_json(path: str | None, content: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ def report(source: str, **given: Any) -> None:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise FileError(f"{source}: cannot be read ({error.strerror})") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{source}: is not valid JSON ({error})") from error
         try:
             cli._write_html(given["html_path"], content)

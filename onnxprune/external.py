@@ -67,7 +67,7 @@ def _n_bytes(kind: int, dims) -> int:
 
 
 def require_complete(model: onnx.ModelProto) -> None:
-    """Raise :class:`ModelError` where a tensor holds other values than its shape claims: nobody allocates for a claim."""
+    """Raise :class:`ModelError` where a tensor holds other than its shape claims: nobody allocates for a claim."""
     for tensor in every_tensor(model):
         known = tensor.data_type in TensorProto.DataType.values() and tensor.data_type != TensorProto.UNDEFINED
         if not known or min(tensor.dims, default=0) < 0:

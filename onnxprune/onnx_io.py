@@ -18,9 +18,13 @@ import onnx
 from onnxprune import external, storage
 from onnxprune.comparison import compare  # noqa: F401 (of files, too)
 from onnxprune.errors import FileError, ModelError, UsageError
+from onnxprune.files import owned, require_plain, sweep
 from onnxprune.protos import named_tensors
 from onnxprune.reader import read  # noqa: F401 (reading belongs to input and output)
 from onnxprune.storage import temporary_file  # noqa: F401
+
+LARGEST = 1 << 31
+"""Bytes of the largest file that protobuf reads."""
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
@@ -35,8 +39,21 @@ def load(path: str | os.PathLike) -> onnx.ModelProto:
     ModelError
         It is not an ONNX model, or its external data is missing, cut short or not within its folder.
     """
-    path = pathlib.Path(path)
-    model = load_graph(path)
+    return _whole(load_graph(path := pathlib.Path(path)), path)
+
+
+def load_with_digest(path: pathlib.Path) -> tuple[onnx.ModelProto, str]:
+    """Read a model file once, and the hex digest of the bytes that were read."""
+    data = _bytes(path)
+    return _whole(_graph(data, path), path), hashlib.sha256(data).hexdigest()
+
+
+def load_graph(path: pathlib.Path) -> onnx.ModelProto:
+    """Read a model file as it is, with the locations of its external data as the file names them."""
+    return _graph(_bytes(path), path)
+
+
+def _whole(model: onnx.ModelProto, path: pathlib.Path) -> onnx.ModelProto:
     try:
         external.require_complete(model)
     except ModelError as error:
@@ -45,10 +62,17 @@ def load(path: str | os.PathLike) -> onnx.ModelProto:
     return model
 
 
-def load_graph(path: pathlib.Path) -> onnx.ModelProto:
-    """Read a model file as it is, with the locations of its external data as the file names them."""
+def _bytes(path: pathlib.Path) -> bytes:
     require_file(path)
-    data = path.read_bytes()
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ModelError(f"{path}: not an ONNX model: none has more than 2 GiB in its own file")
+        return path.read_bytes()
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _graph(data: bytes, path: pathlib.Path) -> onnx.ModelProto:
     if not data:
         raise ModelError(f"{path}: the file is empty")
     try:
@@ -62,6 +86,7 @@ def load_graph(path: pathlib.Path) -> onnx.ModelProto:
 
 def require_file(path: pathlib.Path) -> None:
     """Raise :class:`FileError` where ``path`` is not a file that can be read."""
+    require_plain(path)
     try:
         with path.open("rb"):
             pass
@@ -165,10 +190,14 @@ def write(path: str | os.PathLike, data: bytes) -> None:
 
 @contextmanager
 def _temporary(path: pathlib.Path) -> Iterator[tuple[IO[bytes], Callable[[pathlib.Path], None]]]:
-    """A temporary file beside ``path``, and what gives it a name of its own; without one it goes."""
+    """A temporary file beside ``path``, and what gives it a name of its own; without one it goes.
+
+    What killed runs left in the folder goes, too.
+    """
     temporary: pathlib.Path | None = None
+    sweep(path.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.{os.getpid()}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.{owned()}", dir=path.parent)
         temporary = pathlib.Path(name)
 
         def done(final: pathlib.Path) -> None:

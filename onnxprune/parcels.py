@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import onnx
 
 from onnxprune import onnx_io
 from onnxprune.errors import UsageError
+from onnxprune.files import temporary_folder
 from onnxprune.options import Options
 
 FIELDS = ("calib", "sensitivity", "latency_table", "profile")
@@ -107,7 +107,7 @@ def pack(path: str | pathlib.Path) -> Parcel:
 @contextmanager
 def unpacked(parcels: Sequence[Parcel]) -> Iterator[dict[str, str]]:
     """Write parcels to a temporary folder; yields where each path lies now."""
-    with tempfile.TemporaryDirectory(prefix="onnxprune.") as folder:
+    with temporary_folder() as folder:
         placed = {}
         for number, parcel in enumerate(parcels):
             root = pathlib.Path(folder) / str(number)

@@ -98,11 +98,11 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
     """Read and couple a model, at the input shapes of ``plan`` where the options give none."""
     with clock.stage("load"):
         if isinstance(model, onnx.ModelProto):
-            path, proto = None, model
+            path, proto, digest = None, model, ""
             external.require_complete(proto)
         else:
-            path, proto = pathlib.Path(model), onnx_io.load(model)
-        digest = onnx_io.sha256(path) if path is not None else ""
+            path = pathlib.Path(model)
+            proto, digest = onnx_io.load_with_digest(path)
     with clock.stage("couple"), _collector_paused():
         shapes = options.input_shapes
         if plan is not None and not shapes:
@@ -600,6 +600,8 @@ def write(result: Result, model: ModelLike, out: str | os.PathLike, *, force: bo
         if isinstance(model, onnx.ModelProto):
             onnx_io.save(model, out)
         else:
+            if onnx_io.sha256(model) != result.report.input["sha256"]:
+                raise FileError(f"{model}: has changed since it was read; run again")
             onnx_io.copy(pathlib.Path(model), out, force=force)
     else:
         onnx_io.save(result.model, out)

@@ -7,12 +7,12 @@ to two: for input channels and for output channels.
 from __future__ import annotations
 
 import pathlib
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from onnxprune.errors import FileError, UsageError
+from onnxprune.errors import UsageError
+from onnxprune.files import read_toml
 from onnxprune.labels import Work, is_fixed, length
 
 FOLDER = pathlib.Path(__file__).parent / "profiles"
@@ -112,13 +112,7 @@ def load(name: str) -> Profile:
     path = FOLDER / f"{name}.toml" if name in names() else pathlib.Path(name)
     if path.suffix != ".toml":
         raise UsageError(f"--profile {name}: unknown; choose from {', '.join(names())}, or give a .toml file")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"{path}: the profile cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: is not valid TOML ({error})") from error
-    return _parsed(data, path)
+    return _parsed(read_toml(path), path)
 
 
 def _parsed(data: Mapping[str, Any], path: pathlib.Path) -> Profile:

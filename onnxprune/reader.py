@@ -166,7 +166,7 @@ def _input_shapes(
         if name in shapeless:
             continue
         fits = len(shape) == len(declared[name]) and all(
-            size > 0 and (not isinstance(want, int) or want <= 0 or want == size)
+            0 < size <= MAX_LENGTH and (not isinstance(want, int) or want <= 0 or want == size)
             for size, want in zip(shape, declared[name], strict=True)
         )
         if not fits:

@@ -21,7 +21,7 @@ import onnxruntime
 from onnx import TensorProto, numpy_helper
 from threadpoolctl import threadpool_limits
 
-from onnxprune import external, storage
+from onnxprune import external, files, storage
 from onnxprune.errors import FileError, ModelError, TooLongError, UsageError
 from onnxprune.protos import INTEGERS, bodies, is_float
 
@@ -180,8 +180,8 @@ class Session:
             except Exception as error:
                 if options.terminate:
                     raise TooLongError(
-                        f"the model still ran after {RUN_SECONDS:g} s and was stopped: it loops without end, or needs a smaller "
-                        "--input-shape"
+                        f"the model still ran after {RUN_SECONDS:g} s and was stopped: it loops without end, or needs a "
+                        "smaller --input-shape"
                     ) from error
                 raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
 
@@ -203,7 +203,7 @@ class KernelClock:
     """A model of one layer, and the time its operators take; what changes the layout of tensors around it is left out."""
 
     def __init__(self, model: bytes, provider: str | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="onnxprune.")
+        self._folder = tempfile.TemporaryDirectory(prefix=files.owned())
         options = _settings(thread_limit(), spin=False)
         options.enable_profiling = True
         options.profile_file_prefix = f"{self._folder.name}/kernels"

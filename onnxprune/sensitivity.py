@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pathlib
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -167,7 +166,7 @@ def _job(
     # What only selection and the proof look at makes no other rows.
     options = replace(options, calib=calib, preset="a", allocation="error", proof=False, threads=0)
     data = None if data is None else str(pathlib.Path(data).resolve())
-    of_calib = parcels.digest(calib) if isinstance(calib, str) else hashlib.sha256(pickle.dumps(calib)).hexdigest()
+    of_calib = parcels.digest(calib) if isinstance(calib, str) else str(parcels.contents(calib))
     fields = {name: value for name, value in parcels.settings(options).items() if name != "calib"}
     what = [
         version("onnxprune"), parcels.digest(path), of_calib, fields, data and parcels.digest(data),

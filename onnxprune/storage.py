@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from onnx import TensorProto
 
 from onnxprune.errors import FileError
 from onnxprune.external import SMALL, belongs_outside, contents, every_tensor, n_bytes
+from onnxprune.files import temporary_folder
 from onnxprune.protos import copy_fields
 
 LIMIT = 2_000_000_000
@@ -143,7 +143,7 @@ def temporary_file(model: onnx.ModelProto) -> Iterator[str]:
     FileError
         The folder for temporary files cannot hold it.
     """
-    with tempfile.TemporaryDirectory(prefix="onnxprune.") as folder:
+    with temporary_folder() as folder:
         path = pathlib.Path(folder) / "model.onnx"
         try:
             if has_parts(model):

@@ -53,7 +53,7 @@ class Sensitivities:
                     errors.setdefault(str(row["group"]), {})[int(row["removed"])] = float(row["error"])
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(f"{path}: the sensitivity table cannot be read ({error})") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path}: is not a table that onnxprune sensitivity wrote ({error!r})") from error
         if sha256 and measured and sha256 != measured:
             raise ModelError(

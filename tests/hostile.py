@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -63,7 +64,7 @@ def claims_in_sparse() -> ModelProto:
 def doubled(times: int = 40) -> ModelProto:
     """Channels that a short graph doubles over and over."""
     names = ["c", *(f"d{k}" for k in range(times))]
-    nodes = [node("Concat", f"{a} {a}", b, axis=1) for a, b in zip(names, names[1:], strict=False)]
+    nodes = [node("Concat", f"{a} {a}", b, axis=1) for a, b in pairwise(names)]
     return build([*nodes, node("Relu", names[-1], "y")])
 
 
@@ -183,7 +184,7 @@ def looped(trips: int = 1 << 60) -> ModelProto:
 def chain(n: int = 1_000_000) -> ModelProto:
     """So many nodes in a row."""
     names = ["c", *(f"t{k}" for k in range(n)), "y"]
-    return build([helper.make_node("Relu", [a], [b]) for a, b in zip(names, names[1:], strict=False)])
+    return build([helper.make_node("Relu", [a], [b]) for a, b in pairwise(names)])
 
 
 def nested(depth: int) -> bytes:
@@ -302,8 +303,7 @@ MODELS: dict[str, Callable[[], ModelProto | bytes]] = {
     "recursive": lambda: calling(function("F", "F")),
     "mutually_recursive": lambda: calling(function("F", "G"), function("G", "F")),
     "laughs": laughs,
-    "deep_functions": lambda: laughs(20_000, 1),
-    "deep_functions_9000": lambda: laughs(9_000, 1),
+    "deep_functions": lambda: laughs(2_000, 1),
     "group": lambda: wrong_attribute(group=1 << 60),
     "group_zero": lambda: wrong_attribute(group=0),
     "group_negative": lambda: wrong_attribute(group=-2),
@@ -311,3 +311,6 @@ MODELS: dict[str, Callable[[], ModelProto | bytes]] = {
     "pads": lambda: wrong_attribute(pads=[1 << 40] * 4),
     "dilations": lambda: wrong_attribute(dilations=[1 << 40, 1 << 40]),
 }
+
+HARMLESS = frozenset(("nested_25", "named_twice", "group", "group_zero", "group_negative", "dilations"))
+"""Models that can be inspected all the same."""

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
-    {"model", "measures", "importing"},
+    {"model", "measures", "importing", "files"},
     {"labels"},
     {
         "runtime", "ops", "cost", "latency", "memory", "plan", "coupling", "metrics", "profile", "protos", "amend",

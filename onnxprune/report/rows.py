@@ -245,7 +245,7 @@ def read(path: pathlib.Path) -> list[Row]:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from error
     try:
         return from_json(text) if text.lstrip().startswith("{") else from_csv(text)
-    except (ValueError, KeyError, csv.Error) as error:
+    except (ValueError, KeyError, RecursionError, csv.Error) as error:
         raise UsageError(f"{path}: is no table of a sweep ({error}); choose another name") from error
 
 
@@ -255,7 +255,7 @@ def with_error(path: str | None, code: int, message: str) -> dict[str, Any] | No
         if not path or path == "-":
             return None
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return None
     if not isinstance(content, dict) or content.get("schema") != 1 or not content.get("rows"):
         return None

@@ -125,5 +125,5 @@ class SensitivityTable:
             return cls(**header, rows=rows, notes=tuple(content["notes"]))
         except OSError as error:
             raise FileError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{path}: is no table of onnxprune sensitivity; choose another name") from error

@@ -25,9 +25,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 ZOO = ROOT.parent / "shared" / "zoo"
 SMALL = (
     "cbam cnn3d crnn_kws drrn_shared fsrcnn gn_resnet gru_seq hf_bert hf_gpt2 hf_llama_gqa hf_llama_gqa-dynamo "
-    "hf_t5_encoder hf_wav2vec2 lstm_bi lstm_bi-dynamo pointnet siamese style_instnorm tcn_wavenet unet_bn v_functions_dynamo "
-    "v_hf_bert_int8dyn v_hf_bert_ortopt v_hf_llama_dynseq v_resnet18_constnodes v_resnet18_fp16 v_resnet18_qdq v_script_if "
-    "v_tied_embedding"
+    "hf_t5_encoder hf_wav2vec2 lstm_bi lstm_bi-dynamo pointnet siamese style_instnorm tcn_wavenet unet_bn "
+    "v_functions_dynamo v_hf_bert_int8dyn v_hf_bert_ortopt v_hf_llama_dynseq v_resnet18_constnodes v_resnet18_fp16 "
+    "v_resnet18_qdq v_script_if v_tied_embedding "
 ).split()
 """Models of the zoo that cost little once they are stripped."""
 _ARCHITECTURES = [name for name in ALL if name != "c2f_detector"]  # 1.5 s a run
