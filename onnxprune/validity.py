@@ -22,6 +22,7 @@ def require_valid(model: onnx.ModelProto) -> None:
     Rules may then take what a schema promises: how many inputs there are, and of which type an attribute is. What the
     schemas leave to inference, be it ranks or sizes, and operators that nobody here knows, are not looked at.
     """
+    _require_text(model.graph)
     versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
     _require_names(model.graph)
     _require_written(model.graph, frozenset())
@@ -37,6 +38,20 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         yield node
         for body in bodies(node):
             yield from _nodes(body)
+
+
+def _require_text(graph: onnx.GraphProto) -> None:
+    """Raise :class:`ModelError` where a name is not text: protobuf then gives bytes."""
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    names = [value.name for value in values]
+    for node in graph.node:
+        names += (node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
+    for name in names:
+        if not isinstance(name, str):
+            raise ModelError(f"the graph is invalid: the name {name!r} is no UTF-8 text; the file is damaged")
+    for node in graph.node:
+        for body in bodies(node):
+            _require_text(body)
 
 
 def _require_names(graph: onnx.GraphProto) -> None:

@@ -171,6 +171,24 @@ def test_declared_shape_of_a_constant_node_follows() -> None:
     assert_pruned(model)
 
 
+def test_name_that_is_no_text_is_refused() -> None:
+    """A byte of a name was flipped: protobuf reads that, and gives bytes in the place of text."""
+    data = convolutions().SerializeToString().replace(b"\x01r", b"\x01\xec")
+    refused(onnx.ModelProto.FromString(data), "is no UTF-8 text")
+
+
+def test_scales_of_a_wrong_shape_are_refused() -> None:
+    """Scales that do not broadcast to their weight say nothing of its values."""
+    model = convolutions()
+    weight = model.graph.initializer[0]
+    codes = numpy_helper.from_array(np.ones((6, 2, 1, 1), np.int8), "a.codes")
+    scales = numpy_helper.from_array(np.ones((6, 3), np.float32), "a.scales")
+    model.graph.initializer.remove(weight)
+    model.graph.initializer.extend([codes, scales])
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["a.codes", "a.scales"], ["a.w"], axis=0))
+    refused(model)
+
+
 def test_branch_that_gives_too_little_is_refused() -> None:
     """An If has as many outputs as each of its branches."""
     model = convolutions()

@@ -98,7 +98,7 @@ def _through_python(folder: pathlib.Path, target: float, preset: str) -> Verdict
 
 def _refusal(code: int, message: str) -> Verdict:
     lines = message.splitlines()
-    if not 1 <= len(lines) <= 3 or code not in (2, 3, 4, 5, 6, 7) or "Traceback" in message or len(message) > 2000:
+    if not 1 <= len(lines) <= 3 or code not in (2, 3, 4, 5, 6, 7) or "Traceback" in message or len(message) > 5000:
         raise AssertionError(
             f"no clean refusal: exit code {code}, {len(lines)} lines, {len(message)} characters: {message}"
         )
