@@ -116,6 +116,8 @@ def _require_fit(node: onnx.NodeProto, versions: dict[str, int]) -> None:
     for place, formal in enumerate(schema.inputs[: schema.min_input]):
         if formal.option.name == "Single" and not node.input[place]:
             raise ValueError(f"lacks its input {formal.name}")
+    if schema.inputs and schema.inputs[-1].option.name == "Variadic" and "" in node.input[len(schema.inputs) - 1 :]:
+        raise ValueError(f"lacks one of its inputs {schema.inputs[-1].name}")
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in names:
             raise ValueError(f"lacks its attribute {name}")
