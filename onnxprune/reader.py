@@ -44,10 +44,10 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
     shapes, notes = _input_shapes(model, declared, input_shapes or {})
     skeleton = _skeleton(model, constants, shapes)
     known, types, contradiction = shape_search.infer_strictly(skeleton)
-    if contradiction:
-        _require_loads(model)
     _refuse_giants(known)
     nodes = _nodes(skeleton)
+    if contradiction:
+        _require_loads(model)
     aliases = _aliases(nodes, constants)
     known.update({name: constant.shape for name, constant in constants.items()})
     known.update({name: constants[root].shape for name, root in aliases.items()})
