@@ -72,6 +72,8 @@ def require_complete(model: onnx.ModelProto) -> None:
         known = tensor.data_type in TensorProto.DataType.values() and tensor.data_type != TensorProto.UNDEFINED
         if not known or min(tensor.dims, default=0) < 0:
             raise ModelError(f"{tensor.name}: no tensor has type {tensor.data_type} and shape {list(tensor.dims)}")
+        if tensor.HasField("segment"):
+            raise ModelError(f"{tensor.name}: holds a segment of a tensor, which nothing here can read; store it whole")
         if is_outside(tensor):
             continue
         wanted, held = _n_claimed(tensor), _n_held(tensor)

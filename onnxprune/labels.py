@@ -282,10 +282,18 @@ class Ledger:
         return known if known is not None else unlabelled(self.shape(name))
 
     def output(self, node: Node, layout: Layout | Sequence[Axis], index: int = 0) -> None:
-        """Set the layout of an output."""
+        """Set the layout of an output; :class:`Refusal` where its labels do not lie as the tensor does."""
         if not isinstance(layout, Layout):
             layout = self.arrange(layout)
-        self.layouts[node.outputs[index]] = layout
+        name = node.outputs[index]
+        shape, axes = self.model.shapes.get(name), layout.axes
+        if shape is not None and not all(map(is_fixed, axes)):
+            lengths = [n if is_fixed(axis) else length(axis) for n, axis in zip(shape, axes, strict=False)]
+            if len(axes) != len(shape) or lengths != list(shape):
+                raise Refusal(
+                    f"its operands do not go together: {[length(axis) for axis in axes]} is not {list(shape)}"
+                )
+        self.layouts[name] = layout
 
     def arrange(self, axes: Sequence[Axis]) -> Layout:
         """Build a layout: rejoin parts that stand side by side; rows that are gone tie what they told apart."""
@@ -696,6 +704,8 @@ class Ledger:
 
     def regroup(self, layout: Layout, shape: Sequence[int]) -> Layout:
         """Reshape: walk the atoms in row-major order and cut them where the new axes end."""
+        if prod(length(axis) for axis in layout.axes) != prod(shape):
+            raise Refusal(f"{[length(axis) for axis in layout.axes]} cannot be reshaped to {list(shape)}")
         axes = self._cut([atom for axis in layout.axes for atom in axis], shape)
         return unlabelled(shape) if axes is None else self.arrange(axes)
 

@@ -46,6 +46,7 @@ from onnxprune.runtime import BLOCK
 from onnxprune.sibling import replayed
 from onnxprune.stopwatch import AGAIN, Race, fit, measure_tables, out_of_time
 from onnxprune.stopwatch import Result as Timing
+from onnxprune.validity import require_valid
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
             names = {value.name for value in proto.graph.input}
             shapes = {name: shape for name, shape in plan.inputs.items() if name in names}
         source, inlined = proto, inline(proto)
+        require_valid(inlined)
         proto, prepared = prepare(inlined)
         flat, graph = _read_flat(proto, shapes)
         attention = options.attention if plan is None else plan.attention

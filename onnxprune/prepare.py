@@ -23,6 +23,7 @@ _MOVES = (
 ).split()
 _PASSES = frozenset((*UNARY, *BROADCAST, *_MOVES))
 """Operators through which labels of a weight travel; any other combines its channels with one another."""
+_PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 _NEVER = frozenset(
     "If Loop Scan RandomNormal RandomUniform RandomNormalLike RandomUniformLike Bernoulli Multinomial Dropout".split()
 )
@@ -49,6 +50,10 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         notes.append(
             f"{len(folded)} weights that the graph computes (weight standardisation) were folded into constants"
         )
+    filled = _filled_weights(model)
+    if filled:
+        model = _fold(model, filled)
+        notes.append(f"{len(filled)} weights that the graph fills with one number were stored as constants")
     if model is not given and model.ir_version < 4:
         list_as_inputs(given.graph, model.graph)
     return model, tuple(notes)
@@ -69,8 +74,13 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError("the graph is invalid: its local functions call each other so often that it has no end")
     try:
         return inliner.inline_local_functions(model)
-    except onnx.checker.ValidationError as error:
-        raise ModelError(f"the graph is invalid: {str(error).splitlines()[0]}") from error
+    except (onnx.checker.ValidationError, RuntimeError) as error:
+        raise ModelError(f"the graph is invalid: a local function cannot be inlined ({_told(error)})") from error
+
+
+def _told(error: Exception) -> str:
+    """First line of what onnx says, without the place in its sources."""
+    return str(error).splitlines()[0].rpartition("failed: ")[2]
 
 
 MAX_INLINED = 2 << 30
@@ -153,6 +163,17 @@ def _computed_weights(model: onnx.ModelProto) -> list[str]:
         if not found.keys().isdisjoint(node.output):
             found.update(dict.fromkeys(name for name in node.output if name in read))
     return list(found)
+
+
+def _filled_weights(model: onnx.ModelProto) -> list[str]:
+    """Operands of convolutions and products that ConstantOfShape makes of a stored shape."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    stored.update(node.output[0] for node in model.graph.node if node.op_type == "Constant")
+    made = {
+        node.output[0] for node in model.graph.node if node.op_type == "ConstantOfShape" and node.input[0] in stored
+    }
+    read = (name for node in model.graph.node if node.op_type in _PRODUCTS for name in node.input[:2])
+    return list(dict.fromkeys(name for name in read if name in made))
 
 
 def _has_channels(tensor: onnx.TensorProto) -> bool:

@@ -43,9 +43,11 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
     declared = _declared_inputs(model, constants)
     shapes, notes = _input_shapes(model, declared, input_shapes or {})
     skeleton = _skeleton(model, constants, shapes)
-    known, types = shape_search.infer(skeleton)
+    known, types, contradiction = shape_search.infer_strictly(skeleton)
     _refuse_giants(known)
     nodes = _nodes(skeleton)
+    if contradiction:
+        _require_loads(model)
     aliases = _aliases(nodes, constants)
     known.update({name: constant.shape for name, constant in constants.items()})
     known.update({name: constants[root].shape for name, root in aliases.items()})
@@ -96,9 +98,17 @@ def _require_one_writer(graph: onnx.GraphProto) -> None:
             written.add(name)
 
 
+def _require_loads(model: onnx.ModelProto) -> None:
+    """Raise :class:`ModelError` where onnxruntime finds, as onnx did, that shapes contradict one another."""
+    if runtime.fits(model) and all(node.domain in shape_search.RUNTIME_DOMAINS for node in model.graph.node):
+        runtime.Session(model, optimize=False)
+
+
 def _refuse_giants(shapes: Mapping[str, Shape]) -> None:
     """Raise :class:`ModelError` where a tensor is larger than anything that can be run or reasoned about here."""
     for name, shape in shapes.items():
+        if min(shape, default=0) < 0:
+            raise ModelError(f"the graph is invalid: {name} would have the shape {list(shape)}")
         if math.prod(shape) > MAX_ELEMENTS or max(shape, default=0) > MAX_LENGTH:
             raise ModelError(
                 f"{name} would have the shape {list(shape)}, and no tensor may have more than {MAX_ELEMENTS} elements or "

@@ -376,6 +376,17 @@ def _broken(provider: str, why: str) -> UsageError:
     )
 
 
+@lru_cache
+def _schemas() -> dict[tuple[str, str], Any]:
+    found = sorted(onnxruntime.capi.onnxruntime_pybind11_state.get_all_operator_schema(), key=lambda s: s.since_version)
+    return {(schema.domain, schema.name): schema for schema in found}
+
+
+def schema(op: str, domain: str) -> Any | None:
+    """What onnxruntime knows of an operator of its own, as ``onnx.defs`` describes one; None where it has none."""
+    return _schemas().get((domain, op))
+
+
 def available() -> list[str]:
     """Full names of the execution providers that onnxruntime has."""
     return list(onnxruntime.get_available_providers())

@@ -21,7 +21,8 @@ from onnxprune.protos import is_float
 SMALL = 4096  # elements: integer constants up to this size stay readable to shape inference and shape arithmetic
 FEW = 8  # elements: floating-point constants up to this size (scales of a Resize) inference may read
 WINDOW = 96  # nodes without a shape that inference is asked for at a time
-_RUNTIME_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")  # whose operators onnxruntime brings
+_INFERENCE = (shape_inference.InferenceError, RuntimeError, ValueError, TypeError)
+RUNTIME_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")  # whose operators onnxruntime brings
 # fmt: off
 _NEVER_STATIC = frozenset((
     "If", "Loop", "Scan", "SequenceMap", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike",
@@ -32,10 +33,21 @@ _NEVER_STATIC = frozenset((
 
 def infer(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int]]:
     """Shapes (those without a symbol in them) and element types that onnx's own inference finds."""
+    shapes, types, _ = infer_strictly(model)
+    return shapes, types
+
+
+def infer_strictly(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int], str]:
+    """As :func:`infer`, and where the graph contradicts itself: shapes that do not go together."""
+    problem = ""
     try:
-        inferred = shape_inference.infer_shapes(model, data_prop=True)
-    except (shape_inference.InferenceError, RuntimeError, ValueError, TypeError):  # running the model will judge it
-        inferred = model
+        inferred = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    except _INFERENCE as error:
+        problem = str(error)
+        try:
+            inferred = shape_inference.infer_shapes(model, data_prop=True)
+        except _INFERENCE:
+            inferred = model
     shapes, types = {}, {}
     for value in (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input):
         types[value.name] = value.type.tensor_type.elem_type
@@ -43,7 +55,7 @@ def infer(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int]]:
             dims = value.type.tensor_type.shape.dim
             if all(dim.HasField("dim_value") for dim in dims):
                 shapes[value.name] = tuple(dim.dim_value for dim in dims)
-    return shapes, types
+    return shapes, types, problem
 
 
 def _counts(constant: Constant) -> bool:
@@ -209,6 +221,6 @@ class Completion:
             return measure(missing)
         except ModelError:
             local = {(function.domain, function.name) for function in self._model.functions}
-            if any(node.domain not in _RUNTIME_DOMAINS and (node.domain, node.op) not in local for node in self._nodes):
+            if any(node.domain not in RUNTIME_DOMAINS and (node.domain, node.op) not in local for node in self._nodes):
                 return {}
             raise

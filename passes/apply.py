@@ -239,6 +239,10 @@ def _update_shapes(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray)
             _update_shapes(body, coupling, keep)
     view, model = View(coupling, keep), coupling.model
     dims = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        tensor = constant_tensor(node) if node.op_type == "Constant" else None
+        if tensor is not None:
+            dims[node.output[0]] = tuple(tensor.dims)
     for value in (*graph.value_info, *graph.input, *graph.output):
         name = value.name
         after: Shape | None = dims.get(name)

@@ -193,7 +193,7 @@ def walk(
             ledger.derived.update(node.outputs)
     _freeze_values(ledger)
     for name in model.outputs:
-        ledger.node = Node("", "output", "", (), (name,), {})
+        ledger.node = Node("", "output", "", (name,), (name,), {})
         constant = model.constant(name)
         if constant is not None:
             ledger.freeze(ledger.whole(constant, ledger.node, 0).axes, "it is an output of the graph", name)

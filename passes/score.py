@@ -178,10 +178,12 @@ def _batch_norm_scales(coupling: Coupling) -> frozenset[str]:
 
 def _batch_norm_gains(coupling: Coupling) -> dict[str, np.ndarray]:
     """Per weight, the factor of the BatchNormalization right behind it: a folded model then ranks alike."""
-    model, gains = coupling.model, {}
+    model, gains, refused = coupling.model, {}, coupling.ledger.refusals.keys()
     for node in model.nodes:
         producer = model.producer.get(node.inputs[0]) if node.op == "BatchNormalization" else None
-        if producer is None or producer.op not in _MIXING or len(model.consumers[node.inputs[0]]) > 1:
+        if producer is None or not refused.isdisjoint((node.key, producer.key)):
+            continue
+        if producer.op not in _MIXING or len(model.consumers[node.inputs[0]]) > 1:
             continue
         source = producer.inputs[1]
         weight = model.constant(source)

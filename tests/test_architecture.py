@@ -22,7 +22,7 @@ LAYERS = (
     {
         "onnx_io", "reader", "shapes", "branches", "prepare", "states", "report", "arrays", "data", "passes", "workers",
         "checkpoint_files", "checkpoint_map", "comparison", "compose", "encoding_entries", "manifest", "recover",
-        "supervision",
+        "supervision", "validity",
     },
     {
         "pipeline", "options", "stopwatch", "calibration", "quality", "search", "budget", "parcels", "sweep", "sensitivity",

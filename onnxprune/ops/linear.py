@@ -46,9 +46,17 @@ def conv(node: Node, ledger: Ledger) -> None:
     convolve(node, ledger, 1)
 
 
+def _require_ranks(node: Node, ledger: Ledger, operands: Operands = PLAIN) -> None:
+    """Refuse a convolution whose weight has other axes than what it slides over."""
+    ranks = [len(ledger.shape(node.inputs[index])) for index in (operands.a, operands.b)]
+    if ranks[0] != ranks[1] or ranks[0] < 3:
+        raise Refusal(f"a weight of {ranks[1]} axes does not fit a tensor of {ranks[0]}")
+
+
 def convolve(node: Node, ledger: Ledger, channel: int, operands: Operands = PLAIN) -> None:
     """Convolve a tensor whose axis ``channel`` holds the channels."""
     place = operands.b
+    _require_ranks(node, ledger, operands)
     x, w = ledger.input(node, operands.a), ledger.input(node, place, axes=(0,))
     groups = node.attributes.get("group", 1)
     shape, kernel = ledger.shape(node.outputs[0]), ledger.shape(node.inputs[place])
@@ -84,6 +92,7 @@ def convolve(node: Node, ledger: Ledger, channel: int, operands: Operands = PLAI
 @couples("ConvTranspose")
 def conv_transpose(node: Node, ledger: Ledger) -> None:
     """Input channels end in the weight's axis 0; output channels start on its axis 1, once per group."""
+    _require_ranks(node, ledger)
     x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0,))
     groups = node.attributes.get("group", 1)
     source, shape, kernel = ledger.shape(node.inputs[0]), ledger.shape(node.outputs[0]), ledger.shape(node.inputs[1])
@@ -178,7 +187,12 @@ def multiply(
 
 
 def _bias(node: Node, ledger: Ledger, out: Axis, index: int = 2) -> Axis:
-    return ledger.unify(out, ledger.input(node, index).axes[0]) if node.has(index) else out
+    if not node.has(index):
+        return out
+    axes = ledger.input(node, index).axes
+    if len(axes) != 1:
+        raise Refusal(f"a bias of {len(axes)} axes")
+    return ledger.unify(out, axes[0])
 
 
 def _broadcast(ledger: Ledger, a: list[Axis], b: list[Axis]) -> list[Axis]:

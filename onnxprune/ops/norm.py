@@ -101,9 +101,13 @@ def mixes_axis(node: Node, ledger: Ledger) -> None:
 
 
 def _per_channel(node: Node, ledger: Ledger, x: Layout, parameters: tuple[int, ...]) -> None:
+    if not x.axes:
+        raise Refusal("a single number has no channels")
     channel: Axis = x.axes[1] if len(x.axes) > 1 else fixed(1)
     for index in parameters:
         parameter = ledger.input(node, index)
+        if len(parameter.axes) != 1:
+            raise Refusal(f"its parameter {node.inputs[index]} is no vector")
         channel = ledger.unify(channel, parameter.axes[0])
     ledger.output(node, (x.axes[0], channel, *x.axes[2:]))
 

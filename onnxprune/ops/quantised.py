@@ -46,6 +46,27 @@ class Quantised:
     block: int = 0
     bits: int = 0
 
+    @property
+    def fits(self) -> bool:
+        """Whether scales and zero points are of a shape that the weight's allows."""
+        rank = len(self.weight.shape)
+        for parameter in (self.scale, self.zero):
+            if parameter is None or self.bits or parameter.size == 1:
+                continue
+            lengths = parameter.shape if len(parameter.shape) == rank else (1,) * rank
+            if len(parameter.shape) == 1 and rank > 1:
+                lengths = tuple(parameter.size if a == self.axis % rank else 1 for a in range(rank))
+            elif len(parameter.shape) != rank:
+                return False
+            blocked = {self.axis % rank} if self.block else set()
+            if any(
+                n not in (1, size)
+                for a, (n, size) in enumerate(zip(lengths, self.weight.shape, strict=True))
+                if a not in blocked
+            ):
+                return False
+        return True
+
     def load(self) -> np.ndarray:
         """The real numbers, float32 of the weight's shape; a packed last axis has one index for each number."""
         if self.bits:
@@ -90,7 +111,7 @@ def quantised(model: Model) -> dict[str, Quantised]:
     found: dict[str, Quantised] = {}
     for node in model.nodes:
         for each in _of(node, model):
-            if each.weight.size > 1:
+            if each.weight.size > 1 and each.fits:
                 found.setdefault(each.weight.name, each)
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxprune.labels import Axis, Channels, Layout, Ledger, fixed
+from onnxprune.labels import Axis, Channels, Layout, Ledger, Refusal, fixed
 from onnxprune.model import Node
 from onnxprune.ops import Change, Edit, channels_only, couples, rewrites
 
@@ -17,6 +17,8 @@ STATES = range(5, 7)  # inputs that hold the initial h and c
 @couples(*GATES)
 def recurrence(node: Node, ledger: Ledger) -> None:
     """Input channels end in W; units end in R, where the next step reads them. W, R, B and P hold a unit once per gate."""
+    if [len(ledger.shape(node.inputs[index])) for index in range(3)] != [3, 3, 3]:
+        raise Refusal("its input and weights do not all have three axes")
     x, gates = ledger.input(node, 0), GATES[node.op]
     n_directions, _, n_units = ledger.shape(node.inputs[2])
     batch_first = node.attributes.get("layout", 0)

@@ -1,0 +1,302 @@
+"""Files that nobody would export: each was found by tools/mutants.py, and is refused in a line or pruned as it should be."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+import onnxprune
+from graphs import Tiny, perceptron, sandwich
+from oracle import assert_pruned, couple_proto
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def convolutions() -> ModelProto:
+    """Build Conv ``a``, Relu, Conv ``z``."""
+    return sandwich(lambda t, x: t.node("Relu", x, name="r"))
+
+
+def refused(model: ModelProto, *texts: str) -> None:
+    """Pruning is refused with a message of one line that has these texts, and leaves the model as it was."""
+    given = model.SerializeToString()
+    with pytest.raises(onnxprune.OnnxPruneError) as caught:
+        onnxprune.prune(model, target_mac=0.6)
+    assert model.SerializeToString() == given
+    assert caught.value.exit_code in (3, 4, 5)
+    assert len(str(caught.value).splitlines()) == 1
+    for text in texts:
+        assert text in str(caught.value)
+
+
+def _twice(graph: onnx.GraphProto) -> None:
+    graph.node[0].attribute.append(helper.make_attribute("group", 1))
+
+
+def _reference(graph: onnx.GraphProto) -> None:
+    graph.node[0].attribute[0].ref_attr_name = "outer"
+
+
+def _type(graph: onnx.GraphProto) -> None:
+    del graph.node[0].attribute[:]
+    graph.node[0].attribute.append(helper.make_attribute("group", [1, 2]))
+
+
+def _no_inputs(graph: onnx.GraphProto) -> None:
+    del graph.node[1].input[:]
+
+
+def _empty_input(graph: onnx.GraphProto) -> None:
+    graph.node[0].input[1] = ""
+
+
+def _no_writer(graph: onnx.GraphProto) -> None:
+    graph.node[1].input[0] = "nowhere"
+
+
+def _no_output(graph: onnx.GraphProto) -> None:
+    graph.output[0].name = "nowhere"
+
+
+def _same_name(graph: onnx.GraphProto) -> None:
+    graph.initializer[0].name = graph.initializer[1].name
+
+
+def _no_name(graph: onnx.GraphProto) -> None:
+    graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), ""))
+
+
+def _output_twice(graph: onnx.GraphProto) -> None:
+    graph.output.append(graph.output[0])
+
+
+def _segment(graph: onnx.GraphProto) -> None:
+    graph.initializer[0].segment.begin = 0
+
+
+def _too_small(graph: onnx.GraphProto) -> None:
+    graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((6, 2, 9, 9), np.float32), "a.w"))
+    graph.node[0].attribute[-1].ints[:] = (9, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        (_twice, ("Conv a has two attributes called group",)),
+        (_reference, ("Conv a refers to 'outer' of a function",)),
+        (_type, ("Conv a has an attribute group of type 7, not INT",)),
+        (_no_inputs, ("Relu r has 0 inputs, where 1 to 1 are allowed",)),
+        (_empty_input, ("Conv a lacks its input W",)),
+        (_no_writer, ("Relu r reads nowhere, which nothing writes",)),
+        (_no_output, ("nothing writes its output nowhere",)),
+        (_same_name, ("two initializers called a.b",)),
+        (_no_name, ("an initializer has no name",)),
+        (_output_twice, ("two outputs called z",)),
+        (_segment, ("a.w: holds a segment",)),
+        (_too_small, ()),
+    ],
+)
+def test_graph_that_means_nothing_is_refused(change: Callable[[onnx.GraphProto], None], texts: tuple[str, ...]) -> None:
+    """What a rule takes for granted is looked at before: names, counts of inputs, attributes and their types."""
+    model = convolutions()
+    change(model.graph)
+    refused(model, *texts)
+
+
+def test_contrib_operator_needs_its_inputs() -> None:
+    """Operators of onnxruntime's own have schemas, too."""
+    t = Tiny(domains=["com.microsoft"])
+    y = t.node("FusedConv", t.input(1, 2, 4, 6), t.random(6, 2, 1, 1, name="a.w"), name="a", domain="com.microsoft")
+    model = t.build(t.conv(y, "z", 6, 3))
+    assert_pruned(model)
+    del model.graph.node[0].input[1:]
+    refused(model, "FusedConv a has 1 inputs, where 2 to 4 are allowed")
+
+
+def test_weight_of_another_rank_is_refused() -> None:
+    """A vector in the place of a kernel: onnxruntime loads that and cannot run it."""
+    model = convolutions()
+    model.graph.node[2].input[:] = ["r", "z.b"]
+    refused(model)
+
+
+def test_shapes_that_contradict_each_other_are_refused() -> None:
+    """Where onnx's inference finds a contradiction, onnxruntime says what it is."""
+    model = perceptron(lambda t, x: x)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((3, 6), np.float32), "a.w"))
+    refused(model, "onnxruntime cannot load the model")
+
+
+def test_weight_and_tensor_that_swap_are_refused() -> None:
+    """A weight that slides over the input, with a bias that does not fit: inference does not look at the bias."""
+    model = convolutions()
+    model.graph.node[0].input[:2] = ["a.w", "x"]
+    refused(model)
+
+
+def test_norm_that_does_not_fit_is_no_gain() -> None:
+    """Parameters of a BatchNormalization for other channels, which old opsets let pass, are no gain of a weight."""
+    model = sandwich(lambda t, x: t.batch_norm(x, "n", 6), opset=8)
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("n."):
+            tensor.CopyFrom(numpy_helper.from_array(np.ones(8, np.float32), tensor.name))
+    refused(model)
+
+
+def test_bias_that_is_one_number_is_refused() -> None:
+    """A bias has an axis."""
+    model = convolutions()
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.array(1, np.float32), "a.b"))
+    refused(model)
+
+
+def test_declared_shape_of_a_constant_node_follows() -> None:
+    """Where a Constant node's output is declared, the declaration shrinks with it."""
+    model = convolutions()
+    weight = model.graph.initializer[0]
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["a.w"], value=weight))
+    model.graph.value_info.append(helper.make_tensor_value_info("a.w", TensorProto.FLOAT, [6, 2, 1, 1]))
+    del model.graph.initializer[0]
+    assert_pruned(model)
+
+
+def test_name_that_is_no_text_is_refused() -> None:
+    """A byte of a name was flipped: protobuf reads that, and gives bytes in the place of text."""
+    data = convolutions().SerializeToString().replace(b"\x01r", b"\x01\xec")
+    refused(onnx.ModelProto.FromString(data), "is no UTF-8 text")
+
+
+def test_scales_of_a_wrong_shape_are_refused() -> None:
+    """Scales that do not broadcast to their weight say nothing of its values."""
+    model = convolutions()
+    weight = model.graph.initializer[0]
+    codes = numpy_helper.from_array(np.ones((6, 2, 1, 1), np.int8), "a.codes")
+    scales = numpy_helper.from_array(np.ones((6, 3), np.float32), "a.scales")
+    model.graph.initializer.remove(weight)
+    model.graph.initializer.extend([codes, scales])
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["a.codes", "a.scales"], ["a.w"], axis=0))
+    refused(model)
+
+
+def test_sum_without_one_of_its_terms_is_refused() -> None:
+    """A term without a name would end onnxruntime, and this process with it."""
+    model = sandwich(lambda t, x: t.node("Sum", x, x, name="s"))
+    model.graph.node[1].input[1] = ""
+    refused(model, "Sum s lacks one of its inputs data_0")
+
+
+def test_norm_by_one_number_is_refused() -> None:
+    """Scale and bias of an InstanceNormalization are vectors."""
+
+    def middle(t: Tiny, x: str) -> str:
+        return t.node(
+            "InstanceNormalization", x, *(t.random(6, name=f"n.{role}") for role in ("scale", "shift")), name="n"
+        )
+
+    model = sandwich(middle)
+    for tensor in model.graph.initializer:
+        if tensor.name == "n.scale":
+            tensor.CopyFrom(numpy_helper.from_array(np.array(1, np.float32), tensor.name))
+    refused(model)
+
+
+def test_branch_that_gives_too_little_is_refused() -> None:
+    """An If has as many outputs as each of its branches."""
+    model = convolutions()
+    value = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
+    branch = helper.make_graph([helper.make_node("Relu", ["a"], ["inner"])], "branch", [], [value])
+    other = helper.make_graph([], "other", [], [])
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    model.graph.node[1].CopyFrom(
+        helper.make_node("If", ["yes"], ["r"], name="r", then_branch=branch, else_branch=other)
+    )
+    refused(model, "If r has 1 outputs, and its else_branch has 0")
+
+
+def test_function_that_is_called_with_too_much_is_refused() -> None:
+    """A local function that takes fewer inputs than its call gives cannot be inlined."""
+    model = convolutions()
+    body = [helper.make_node("Relu", ["x"], ["y"])]
+    function = helper.make_function("local", "F", [], ["y"], body, [helper.make_opsetid("", 17)])
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    model.graph.node[1].CopyFrom(helper.make_node("F", ["a"], ["r"], domain="local"))
+    refused(model, "a local function cannot be inlined")
+
+
+def test_constant_that_is_an_output_stays() -> None:
+    """A vector that is an output of the graph, beside rows that choose freely, is frozen and no more."""
+    t = Tiny()
+    y = t.conv(t.input(1, 4, 4, 6), "a", 4, 12, group=2)
+    model = t.build(t.conv(y, "z", 12, 3))
+    model.graph.output.append(helper.make_tensor_value_info("a.b", TensorProto.FLOAT, [12]))
+    coupling = couple_proto(model)
+    assert coupling.bundles
+    assert_pruned(model)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_one_number_are_pruned(bias: bool) -> None:
+    """A topology whose weights ConstantOfShape makes prunes as if they were stored."""
+    model = sandwich(lambda t, x: t.conv(x, "b", 6, 8, 3, bias=bias), after=8)
+    for place, (name, shape) in enumerate((("a.w", (6, 2, 1, 1)), ("b.w", (8, 6, 3, 3)), ("z.w", (3, 8, 1, 1)))):
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+        tensor.CopyFrom(numpy_helper.from_array(np.array(shape, np.int64), f"{name}.shape"))
+        value = numpy_helper.from_array(np.array([0.01 * (place + 1)], np.float32))
+        model.graph.node.insert(0, helper.make_node("ConstantOfShape", [f"{name}.shape"], [name], value=value))
+    result = assert_pruned(model, 0.5)
+    assert "3 weights that the graph fills with one number were stored as constants" in result.report.notes
+    assert result.report.floor["mac"] < 0.2
+
+
+# -- the tools ---------------------------------------------------------------------------------------------------------
+
+
+def tool(name: str, *arguments: object) -> str:
+    """Run a tool; it must find nothing wrong."""
+    command = [sys.executable, ROOT / "tools" / name, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_few_mutants_prune_or_are_refused() -> None:
+    """Mutants of the tests' own models prune and prove, or are refused in a line; none does anything else."""
+    assert "40 mutants in" in tool("mutants.py", "--mutants", 40, "--seed", 1, "--family", "case")
+
+
+def test_few_models_of_onnx_prune_or_are_refused() -> None:
+    """Stored models of single operators, and a topology whose weights are one number each."""
+    few = (
+        "--kind",
+        "simple",
+        "--kind",
+        "pytorch-operator",
+        "--kind",
+        "light",
+        "--only",
+        "test_*",
+        "--only",
+        "*squeezenet",
+    )
+    *_, total = tool("onnx_models.py", *few).splitlines()
+    assert int(total.split()[0]) >= 30, total
+
+
+@pytest.mark.slow
+def test_all_models_of_onnx_prune_or_are_refused() -> None:
+    """So does every model of the onnx package, and every topology prunes."""
+    tool("onnx_models.py")
+
+
+@pytest.mark.slow
+def test_many_mutants_prune_or_are_refused() -> None:
+    """So do 20,000, those of real architectures among them."""
+    tool("mutants.py", "--mutants", 20000)
