@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,7 @@ from onnx import AttributeProto, defs
 
 from onnxprune import runtime
 from onnxprune.errors import ModelError
-from onnxprune.protos import bodies
+from onnxprune.protos import bodies, every_node
 
 STANDARD = ("", "ai.onnx")
 
@@ -26,18 +26,11 @@ def require_valid(model: onnx.ModelProto) -> None:
     versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
     _require_names(model.graph)
     _require_written(model.graph, frozenset())
-    for node in _nodes(model.graph):
+    for node in every_node(model.graph):
         try:
             _require_fit(node, versions)
         except ValueError as error:
             raise ModelError(f"the graph is invalid: {_title(node)} {error}") from error
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for body in bodies(node):
-            yield from _nodes(body)
 
 
 def _require_text(graph: onnx.GraphProto) -> None:
