@@ -365,8 +365,11 @@ class Ledger:
             else:
                 return self.input(node, index, (axis,)).axes[axis]
         if reader is not node:
-            axes = self.layouts[name].axes
-            self.layouts[name] = Layout((*axes[:axis], (known[axis],), *axes[axis + 1 :]))
+            axes = list(self.layouts[name].axes)
+            axes[axis] = (known[axis],)
+            if known[axis].rows and length(known[axis].rows) == constant.shape[0]:
+                axes[0] = known[axis].rows
+            self.layouts[name] = Layout(tuple(axes))
         return (known[axis],)
 
     def _dequantised(self, name: str, axis: int) -> Node | None:

@@ -250,7 +250,9 @@ def dequantised(model: ModelProto) -> ModelProto:
     return real
 
 
-def assert_quantised_prunes(model: ModelProto, keep: np.ndarray | None = None) -> oracle.Pruned:
+def assert_quantised_prunes(
+    model: ModelProto, keep: np.ndarray | None = None, zero: Sequence[str] = ()
+) -> oracle.Pruned:
     """Pruning is proved, gives a valid model with the types it had, and equals the masked original."""
     coupling = oracle.couple_proto(model)
     keep = oracle.random_keep(coupling, np.random.default_rng(1)) if keep is None else keep
@@ -262,7 +264,7 @@ def assert_quantised_prunes(model: ModelProto, keep: np.ndarray | None = None) -
     assert all(types[tensor.name.partition("@")[0]] == tensor.data_type for tensor in pruned.model.graph.initializer)
     feeds = oracle.feeds_for(coupling)
     oracle.assert_close(
-        oracle.run(pruned.model, feeds), oracle.masked_reference(dequantised(model), pruned.plan, feeds), 1e-4
+        oracle.run(pruned.model, feeds), oracle.masked_reference(dequantised(model), pruned.plan, feeds, zero), 1e-4
     )
     return pruned
 
@@ -399,6 +401,21 @@ def test_down_to_one_channel(name: str) -> None:
     shapes = {tensor.name: list(tensor.dims) for tensor in pruned.model.graph.initializer}
     assert shapes["w"] == [1, 1, 3, 3]
     assert shapes["w.s"] == shapes["w.z"] == [1]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("per", [None, 0, 1, 2])
+def test_recurrent_weights(per: int | None, directions: int) -> None:
+    """Where a scale belongs to a unit of both directions, that unit goes in both; else each direction chooses its own."""
+    t = Tiny()
+    w, r = (weight(t, name, (directions, 18, n), per=per) for name, n in (("w", 2), ("r", 6)))
+    both = {"direction": "bidirectional"} if directions == 2 else {}
+    y = t.node("GRU", t.input(5, 1, 2), w, r, name="op", outputs=2, hidden_size=6, **both)[1]
+    y = t.node("Reshape", t.node("Transpose", y, perm=[1, 0, 2]), t.constant([1, -1]))
+    model = t.build(t.node("MatMul", y, t.random(6 * directions, 3, name="z.w"), name="z"))
+    pruned = assert_quantised_prunes(model, zero=["r/2"])
+    chosen = {tuple(units) for units in np.atleast_2d(pruned.plan.initializers["r"][2])}
+    assert len(chosen) == (2 if directions == 2 and per in (None, 0) else 1)
 
 
 # -- models that onnxruntime quantised ---------------------------------------------------------------------------------
