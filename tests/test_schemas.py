@@ -96,7 +96,7 @@ def keys(content: Any, path: str = "") -> Iterable[str]:
         pytest.param("run", ".notes[]", ["prune", DIGITS, "OUT", "--target-mac", "1"], id="met"),
         pytest.param(
             "run", ".compensation.layers[].ridge", ["prune", "SMALL", "OUT", *QUICK, "--calib", "CALIB", *COMPARED],
-                     id="calib"
+            id="calib",
         ),
         pytest.param(
             "run", ".targets[].kind", ["prune", DIGITS, "OUT", *QUICK, "--target-size", "200K", "--align", "8"], id="size"
@@ -106,7 +106,7 @@ def keys(content: Any, path: str = "") -> Iterable[str]:
         ),
         pytest.param(
             "run", ".probes[].quality", ["prune", "SMALL", "OUT", *COMPARED, "--max-drop", "0.5", "--no-latency"],
-                     id="search"
+            id="search",
         ),
         pytest.param(
             "run",
