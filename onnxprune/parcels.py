@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune import onnx_io
+from onnxprune import onnx_io, storage
 from onnxprune.errors import UsageError
 from onnxprune.options import Options
 
@@ -107,7 +106,7 @@ def pack(path: str | pathlib.Path) -> Parcel:
 @contextmanager
 def unpacked(parcels: Sequence[Parcel]) -> Iterator[dict[str, str]]:
     """Write parcels to a temporary folder; yields where each path lies now."""
-    with tempfile.TemporaryDirectory(prefix="onnxprune.") as folder:
+    with storage.temporary_folder() as folder:
         placed = {}
         for number, parcel in enumerate(parcels):
             root = pathlib.Path(folder) / str(number)

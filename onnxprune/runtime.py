@@ -6,7 +6,6 @@ import json
 import math
 import pathlib
 import platform
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -169,7 +168,7 @@ class KernelClock:
     """A model of one layer, and the time its operators take; what changes the layout of tensors around it is left out."""
 
     def __init__(self, model: bytes, provider: str | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="onnxprune.")
+        self._folder = storage.temporary_folder()
         options = _settings(thread_limit(), spin=False)
         options.enable_profiling = True
         options.profile_file_prefix = f"{self._folder.name}/kernels"

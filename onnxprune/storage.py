@@ -134,6 +134,22 @@ def size_of(model: onnx.ModelProto) -> int:
     return split(model).size if has_parts(model) else model.ByteSize()
 
 
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder for temporary files.
+
+    Raises
+    ------
+    FileError
+        There is no place for one.
+    """
+    try:
+        return tempfile.TemporaryDirectory(prefix="onnxprune.")
+    except OSError as error:
+        raise FileError(
+            f"no folder for temporary files can be made ({error.strerror}); set TMPDIR to one that can be written"
+        ) from error
+
+
 @contextmanager
 def temporary_file(model: onnx.ModelProto) -> Iterator[str]:
     """Write a model, with its external data beside it, to a file that lasts as long as the context.
@@ -143,7 +159,7 @@ def temporary_file(model: onnx.ModelProto) -> Iterator[str]:
     FileError
         The folder for temporary files cannot hold it.
     """
-    with tempfile.TemporaryDirectory(prefix="onnxprune.") as folder:
+    with temporary_folder() as folder:
         path = pathlib.Path(folder) / "model.onnx"
         try:
             if has_parts(model):

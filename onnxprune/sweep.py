@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import pathlib
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -17,7 +16,7 @@ from typing import Any
 
 import onnx
 
-from onnxprune import onnx_io, parcels, pipeline, quality, runtime, workers
+from onnxprune import onnx_io, parcels, pipeline, quality, runtime, storage, workers
 from onnxprune.errors import FileError, ModelError, OnnxPruneError, UsageError
 from onnxprune.options import Options, Progress, silent
 from onnxprune.parcels import Parcel
@@ -333,7 +332,7 @@ def _check_same(run: Run, model: str) -> None:
 
 def _written(run: Run, model: onnx.ModelProto) -> Parcel:
     """The files of a model as it is written: its data may lie in a file of its own."""
-    with tempfile.TemporaryDirectory(prefix="onnxprune.") as folder:
+    with storage.temporary_folder() as folder:
         path = pathlib.Path(folder) / pathlib.Path(run.row.output).name
         onnx_io.save(model, path)
         return parcels.pack(path)

@@ -15,7 +15,7 @@ import architectures
 import onnxprune
 from architectures import variants
 from graphs import need
-from onnxprune import external, onnx_io, runtime
+from onnxprune import external, onnx_io, runtime, storage
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NEWEST = 26
@@ -465,3 +465,10 @@ def test_compare_finds_every_difference() -> None:
         differences, exact = differing(change)
         assert differences
         assert not exact
+
+
+def test_no_place_for_temporary_files_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no folder for temporary files can be made, the error says what to set."""
+    monkeypatch.setattr(storage.tempfile, "tempdir", "/nowhere/at/all")
+    with pytest.raises(onnxprune.FileError, match="TMPDIR"), storage.temporary_file(between("Relu")):
+        pass
