@@ -3,9 +3,10 @@
 
     python tools/mutation.py [--count 300] [--seed 0] [--only GLOB]
 
-A sample of all small changes of labels.py, ops/ and the selection (another comparison, another operator, a number one larger,
-a condition turned round, a call left out) is made in a copy of the tree, where the tests of that part run until one fails.
-Prints the changes that no test noticed, as file:line before -> after, and a table. Exits with 1 where there are any.
+A sample of all small changes of labels.py, ops/ and the selection (another comparison, another operator, a number one
+larger, a condition turned round, a call left out) is made in a copy of the tree, one by one, and the tests of that part
+run until one fails. Prints the changes that no test noticed, as file:line before -> after, and a table. Exits with 1 where
+there are any.
 """
 
 from __future__ import annotations
