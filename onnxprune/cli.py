@@ -663,5 +663,6 @@ import onnxprune.cli_completion  # noqa: E402
 import onnxprune.cli_finetune  # noqa: E402
 import onnxprune.cli_iterate  # noqa: E402
 import onnxprune.cli_report  # noqa: E402
+import onnxprune.cli_schema  # noqa: E402
 import onnxprune.cli_sensitivity  # noqa: E402
 import onnxprune.cli_sweep  # noqa: E402, F401

@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import FileError, ModelError
-from onnxprune.protos import bodies, tensors
+from onnxprune.protos import BITS, bodies, tensors
 from onnxprune.slices import Slices, sliced_shape, take
 
 SMALL = 1024
@@ -29,12 +29,6 @@ CHUNK = 16 << 20
 _VIEW = "view"  # keys of external_data that are never written to a file: what is made of the bytes,
 _STAMP = "stamp"  # and by what a change of the file shows
 _TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-_BITS = {
-    getattr(TensorProto, name): bits
-    for bits, names in ((4, ("UINT4", "INT4", "FLOAT4E2M1")), (2, ("UINT2", "INT2")))
-    for name in names
-    if hasattr(TensorProto, name)
-}
 
 
 def is_outside(tensor: TensorProto) -> bool:
@@ -62,7 +56,7 @@ def n_bytes(tensor: TensorProto) -> int:
 def _n_bytes(kind: int, dims) -> int:
     if kind == TensorProto.STRING:
         return 0
-    bits = _BITS.get(kind) or 8 * np.dtype(helper.tensor_dtype_to_np_dtype(kind)).itemsize
+    bits = BITS.get(kind) or 8 * np.dtype(helper.tensor_dtype_to_np_dtype(kind)).itemsize
     return (math.prod(dims) * bits + 7) // 8
 
 
@@ -88,8 +82,8 @@ def _n_claimed(tensor: TensorProto) -> int:
     if tensor.HasField("raw_data"):
         return n_bytes(tensor)
     n = math.prod(tensor.dims)
-    if tensor.data_type in _BITS:
-        return (n * _BITS[tensor.data_type] + 7) // 8
+    if tensor.data_type in BITS:
+        return (n * BITS[tensor.data_type] + 7) // 8
     return 2 * n if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128) else n
 
 
@@ -256,7 +250,7 @@ def _mapped(file: pathlib.Path, offset: int, kind: int, dims) -> np.ndarray:
         stored = np.memmap(file, np.uint8, "r", offset, (_n_bytes(kind, dims),))
     except (OSError, ValueError) as error:
         raise FileError(f"{file}: cannot be read ({error})") from error
-    if kind in _BITS or sys.byteorder == "big":
+    if kind in BITS or sys.byteorder == "big":
         return _parsed(kind, dims, stored.tobytes())
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
     values = np.asarray(stored).view(dtype).reshape(dims)
@@ -312,7 +306,7 @@ def contents(tensor: TensorProto) -> Iterator[bytes | memoryview]:
         return
     if not is_outside(tensor) or _VIEW in _facts(tensor):
         values = array(tensor)
-        if tensor.data_type in _BITS or sys.byteorder == "big":
+        if tensor.data_type in BITS or sys.byteorder == "big":
             yield numpy_helper.from_array(values).raw_data
         else:
             yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

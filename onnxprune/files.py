@@ -95,12 +95,21 @@ def _abandoned(path: pathlib.Path, here: bool, process: int) -> bool:
     return False
 
 
-@contextmanager
-def temporary_folder() -> Iterator[str]:
-    """A folder for temporary files; those that killed runs left go first."""
-    sweep(pathlib.Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=owned()) as folder:
-        yield folder
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder for temporary files; those that killed runs left go first.
+
+    Raises
+    ------
+    FileError
+        There is no place for one.
+    """
+    try:
+        sweep(pathlib.Path(tempfile.gettempdir()))
+        return tempfile.TemporaryDirectory(prefix=owned())
+    except OSError as error:
+        raise FileError(
+            f"no folder for temporary files can be made ({error.strerror}); set TMPDIR to one that can be written"
+        ) from error
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import math
 import mmap
 import pathlib
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -216,7 +215,7 @@ class KernelClock:
     """A model of one layer, and the time its operators take; what changes the layout of tensors around it is left out."""
 
     def __init__(self, model: bytes, provider: str | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=files.owned())
+        self._folder = files.temporary_folder()
         options = _settings(thread_limit(), spin=False)
         options.enable_profiling = True
         options.profile_file_prefix = f"{self._folder.name}/kernels"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,7 @@ class WorkerLostError(OnnxPruneError):
 
 def cores() -> int:
     """Cores that this process may use, containers' limits included."""
-    import joblib  # noqa: PLC0415 (only sweeps need it)
-
-    return int(joblib.cpu_count())
+    return int(_joblib().cpu_count())
 
 
 def processes(provider: str) -> int:
@@ -42,11 +41,17 @@ def locally(
 
     Yields the number of each call and what it returned, as they finish. Where a process dies, the calls that have not
     finished are made again one after another, each in a process of its own, so that one bad call costs no other.
+
+    Raises
+    ------
+    UsageError
+        There are several jobs, and the system lets this process have no semaphores, which processes share.
     """
     if min(jobs, len(calls)) <= 1:
         for number, call in enumerate(calls):
             yield number, function(*call)
         return
+    _require_semaphores()
     from joblib.externals.loky.process_executor import BrokenProcessPool  # noqa: PLC0415 (only sweeps need it)
 
     waiting = dict(enumerate(calls))
@@ -67,8 +72,7 @@ def locally(
 def _processes(
     function: Callable[..., Any], calls: Iterable[tuple[int, Call]], jobs: int, threads: int
 ) -> Iterator[tuple[int, Any]]:
-    import joblib  # noqa: PLC0415 (only sweeps need it)
-
+    joblib = _joblib()
     with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, max_nbytes=None)
         results = parallel(joblib.delayed(_numbered)(function, number, call) for number, call in calls)
@@ -78,6 +82,24 @@ def _processes(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that work was thrown away is what an interruption means
             results.close()  # stops the processes where not all results were taken
+
+
+def _joblib() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without semaphores it says so once imported, even where it only counts cores
+        import joblib  # noqa: PLC0415 (only sweeps need it)
+
+    return joblib
+
+
+def _require_semaphores() -> None:
+    try:
+        multiprocessing.Semaphore()
+    except (ImportError, OSError) as error:
+        raise UsageError(
+            f"processes cannot work together here, because the system gives no semaphores ({error}); use --jobs 1, or let "
+            "/dev/shm be written"
+        ) from error
 
 
 def _numbered(function: Callable[..., Any], number: int, call: Call) -> tuple[int, Any]:

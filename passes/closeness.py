@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto, helper
 
+from onnxprune import protos
+
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-4, np.dtype(np.float16): 3e-2}
 """Largest difference over the spread of a tensor (standard deviation after its per-channel mean is removed)."""
 
@@ -19,7 +21,7 @@ FEW = 16
 """Elements of a tensor below which its spread is taken as at least a tenth of its largest value."""
 
 FLOAT8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ)
-NARROW = (TensorProto.INT4, TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2, *FLOAT8)
+NARROW = (*(kind for kind in protos.BITS if kind in protos.INTEGERS), *FLOAT8)
 """Types that onnxruntime computes with, but that cross its border as another type only."""
 
 ROUNDED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, *NARROW)

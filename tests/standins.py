@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, helper, parser
 
-from graphs import Tiny
+from graphs import Tiny, need
 from onnxprune import ops
 from oracle import Case
 
@@ -117,6 +117,7 @@ class Fused(Tiny):
 
     def build(self, *outputs: str) -> ModelProto:
         """Make the model; outputs get the shapes that onnxruntime computes."""
+        need(self.opset)
         unknown = [onnx.ValueInfoProto(name=name) for name in outputs]
         graph = helper.make_graph(self.nodes, "tiny", self.inputs, unknown, self.initializers)
         opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]

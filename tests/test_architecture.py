@@ -32,7 +32,7 @@ LAYERS = (
     {"iterate", "steps", "trainers"},
     {
         "cli", "cli_artifact", "cli_checkpoint", "cli_completion", "cli_finetune", "cli_iterate", "cli_report",
-        "cli_sensitivity", "cli_sweep", "parameters", "__main__",
+        "cli_schema", "cli_sensitivity", "cli_sweep", "parameters", "__main__",
     },
 )  # fmt: skip
 """From the bottom up; a part may use its own layer and those below it (design.md)."""

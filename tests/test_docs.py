@@ -53,6 +53,7 @@ def clone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     for name in ("digits", "denoise", "architectures"):
         shutil.copytree(ROOT / "fixtures" / name, tmp_path / "fixtures" / name)
     (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     programs = tmp_path / ".programs"
     programs.mkdir()
     for name, code in (("onnxprune", "from onnxprune.cli import main; main()"), ("python", None)):

@@ -14,7 +14,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 import architectures
 import onnxprune
 from architectures import variants
-from onnxprune import external, onnx_io, runtime
+from graphs import need
+from onnxprune import external, onnx_io, runtime, storage
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NEWEST = 26
@@ -127,6 +128,7 @@ def test_old_opsets_are_pruned(name: str) -> None:
 @pytest.mark.parametrize("name", ["edsr", "resnet_a", "c2f_detector", "style_transfer", "layer_norm_mlp"])
 def test_new_opsets_are_pruned(name: str, opset: int) -> None:
     """The same network in a newer opset loses the same channels."""
+    need(opset)
     model = architectures.ALL[name]()
     newer = variants.to_opset(model, opset)
     assert newer.opset_import[0].version == opset
@@ -463,3 +465,10 @@ def test_compare_finds_every_difference() -> None:
         differences, exact = differing(change)
         assert differences
         assert not exact
+
+
+def test_no_place_for_temporary_files_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no folder for temporary files can be made, the error says what to set."""
+    monkeypatch.setattr(storage.tempfile, "tempdir", "/nowhere/at/all")
+    with pytest.raises(onnxprune.FileError, match="TMPDIR"), storage.temporary_file(between("Relu", opset=13)):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import onnx
 import pytest
@@ -519,6 +520,18 @@ def test_a_killed_process_costs_its_own_run_alone() -> None:
     results = dict(workers.locally(ten_times, [(number,) for number in range(5)], jobs=2, threads=1))
     assert isinstance(results.pop(2), workers.WorkerLostError)
     assert results == {0: 0, 1: 10, 3: 30, 4: 40}
+
+
+def test_processes_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system gives no semaphores, several jobs are an error that says what to do, and one job works."""
+
+    def refused() -> NoReturn:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(multiprocessing, "Semaphore", refused)
+    with pytest.raises(UsageError, match=r"Permission denied.*--jobs 1"):
+        list(workers.locally(ten_times, [(1,), (3,)], jobs=2, threads=1))
+    assert dict(workers.locally(ten_times, [(1,), (3,)], jobs=1, threads=1)) == {0: 10, 1: 30}
 
 
 def test_a_lost_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
