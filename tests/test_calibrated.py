@@ -38,6 +38,7 @@ def test_calibration_keeps_a_network_useful(fitted):
     assert fitted.report.proof.ok
 
 
+@pytest.mark.slow
 def test_denoiser_keeps_its_quality():
     """The fixture's denoiser at 0.6 of its MAC loses far less with calibration than by magnitude."""
     folder = FIXTURES / "denoise"

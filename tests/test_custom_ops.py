@@ -73,7 +73,7 @@ def around(coupling: Coupling, tensor: str) -> np.ndarray:
     return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
 
 
-@pytest.mark.parametrize("seed", range(N_PLACES))
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, N_PLACES))])
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_operator_freezes_its_channels_and_no_others(name, seed):
     """What is planned around an unknown operator gives the masked original, whatever its place."""
