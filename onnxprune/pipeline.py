@@ -117,8 +117,6 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
         attention = options.attention if plan is None else plan.attention
         coupling = couple(graph, options.ignore, options.only, attention)
         cost = Cost(coupling, options.hardware)
-    with clock.stage("load"):
-        check_values(coupling)
     called = source if inlined is not source and proto is inlined else None
     return Loaded(source, proto, flat, called, path, digest, coupling, cost, None, prepared)
 
@@ -495,6 +493,7 @@ def apply(
     clock = Clock()
     with runtime.threads_limited(options.threads):
         loaded = load(model, options, clock, plan)
+        check_values(loaded.coupling)
         keep, plan, found = replayed(loaded.coupling, plan)
         pruned, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     described = describe(loaded, options, keep, np.zeros(len(keep)), clock)
@@ -530,6 +529,7 @@ def verify_loaded(
     """Verify against an original that is in memory."""
     read = pruned if isinstance(pruned, onnx.ModelProto) else onnx_io.load(pruned)
     given, _ = prepare(inline(strip(read, plan.added)))
+    check_values(loaded.coupling)
     keep, plan = _plan_under(loaded, plan)
     sliced, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     with clock.stage("compare"):

@@ -17,6 +17,7 @@ from onnxprune.coupling import Coupling, Member
 from onnxprune.errors import UsageError
 from onnxprune.model import Node, Shape
 from onnxprune.ops.quantised import quantised
+from onnxprune.passes.values import check_values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,13 +89,16 @@ def check_criterion(name: str) -> None:
 
 
 def score(coupling: Coupling, criterion_name: str = "l2", seed: int = 0) -> Scores:
-    """Score every channel; the model's weights are those that :func:`onnxprune.passes.values.check_values` lets pass.
+    """Score every channel.
 
     Raises
     ------
+    ModelError
+        A weight is one that :func:`onnxprune.passes.values.check_values` refuses.
     UsageError
         A norm of the user's own is NaN or infinite somewhere.
     """
+    check_values(coupling)
     n = coupling.n_classes
     value, members = np.full(n, -1.0), np.zeros(n, np.int64)
     if criterion_name == "random":
