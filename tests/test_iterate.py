@@ -448,6 +448,7 @@ def test_training_and_loop_survive_kills_at_random_points() -> None:
 # -- the reference trainer -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_between_steps_keeps_what_magnitude_alone_loses(tmp_path: pathlib.Path) -> None:
     """With the trainer that comes along, by the teacher's outputs alone, steps by magnitude keep the digits network good."""
     pytest.importorskip("torch")

@@ -21,7 +21,7 @@ from onnxprune.protos import bodies, every_node
 from random_graphs import deep_graphs, feeds, graphs, input_shapes, measured, seeded_deep_net, seeded_net, valid
 
 EXAMPLES = settings(
-    max_examples=50,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     database=None,

@@ -296,19 +296,23 @@ def caught(case: Case, slices: dict[str, Slices]) -> tuple[bool, bool, bool]:
     return not proof, bool(violations), not values
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+IN_TURN = [pytest.param(name, marks=[pytest.mark.slow] if place % 2 else []) for place, name in enumerate(BUILDERS)]
+"""Every second network, and the others where there is time."""
+
+
+@pytest.mark.parametrize("name", IN_TURN)
 def test_every_corrupted_plan_fails_the_proof(name: str) -> None:
     """No corrupted plan is proved: applying it is an error, or the proof does not hold."""
     assert [outcome.attack for outcome in outcomes(name) if not outcome.proof] == []
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", IN_TURN)
 def test_values_alone_catch_every_corrupted_plan(name: str) -> None:
     """With the label check switched off, comparing values still finds every corrupted plan."""
     assert [outcome.attack for outcome in outcomes(name) if not outcome.values] == []
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", IN_TURN)
 def test_labels_alone_catch_every_corrupted_plan(name: str) -> None:
     """Without comparing a single value, the label check finds every corrupted plan."""
     assert [outcome.attack for outcome in outcomes(name) if not outcome.labels] == []

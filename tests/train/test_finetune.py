@@ -117,6 +117,7 @@ def test_the_same_run_gives_the_same_bytes(pruned: pathlib.Path, tmp_path: pathl
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_sparsity_widens_the_gap_in_the_scores(pruned: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Under the regularizer weak channels get weaker against strong ones, more than without it."""
     artifact = onnxprune.export_artifact(DIGITS / "digits.onnx", DIGITS / "digits.onnx", tmp_path / "whole")
@@ -193,6 +194,7 @@ def test_a_broken_checkpoint_says_so(pruned: pathlib.Path, tmp_path: pathlib.Pat
     assert (folder / states.CHECKPOINT).read_bytes() == b"nothing"
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(pruned: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Under torchrun with two processes over gloo the result is that of one process, but for rounding."""
     port = 29500 + os.getpid() % 2000
