@@ -44,6 +44,8 @@ def test_every_module_lies_in_a_package() -> None:
 @pytest.mark.parametrize("package", SETUPTOOLS["packages"])
 def test_package_comes_from_its_folder(package: str) -> None:
     """Every listed package holds the files of the folder that it is mapped to, whether installed or editable."""
+    if package.startswith("onnxprune.train"):
+        pytest.importorskip("torch", reason="PyTorch is not installed")
     expected = packages_in_the_tree()[package]
     folder = Path(str(importlib.import_module(package).__file__)).parent
     assert {path.name: path.read_text() for path in folder.glob("*.py")} == {
