@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -469,6 +470,6 @@ def test_compare_finds_every_difference() -> None:
 
 def test_no_place_for_temporary_files_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no folder for temporary files can be made, the error says what to set."""
-    monkeypatch.setattr(storage.tempfile, "tempdir", "/nowhere/at/all")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
     with pytest.raises(onnxprune.FileError, match="TMPDIR"), storage.temporary_file(between("Relu", opset=13)):
         pass
