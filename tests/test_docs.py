@@ -66,7 +66,14 @@ def clone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     return tmp_path
 
 
-SLOW = {"sensitivity.md", "training.md", "tutorial.md", "howto/guard.md"}  # minutes in all
+SLOW = {
+    "sensitivity.md",
+    "training.md",
+    "tutorial.md",
+    "howto/guard.md",
+    "howto/large.md",
+    "howto/npu.md",
+}  # minutes in all
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in PAGES])

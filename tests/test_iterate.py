@@ -108,6 +108,7 @@ def test_a_step_that_loses_too_much_is_taken_back_and_halved(tmp_path: pathlib.P
     assert step < 0.1
 
 
+@pytest.mark.slow
 def test_without_a_target_the_floor_decides(tmp_path: pathlib.Path) -> None:
     """With a floor alone the loop goes down as far as the metric allows, and that is success."""
     done = loop(tmp_path, None, Pace(step=0.4, min_step=0.2, max_drop=1.0))
@@ -122,6 +123,7 @@ def test_nothing_is_written_where_nothing_can_be_taken(tmp_path: pathlib.Path) -
     assert not (tmp_path / "out.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_regularizer_trains_before_the_first_step_and_not_in_the_last(tmp_path: pathlib.Path) -> None:
     """With a sparse trainer the original is trained first; the last training goes without the regularizer."""
     stub = Stub([], sparse=True)
