@@ -67,6 +67,7 @@ def test_same_input_gives_the_same_bytes(fitted):
     assert again.model.SerializeToString(deterministic=True) == fitted.model.SerializeToString(deterministic=True)
 
 
+@pytest.mark.slow
 def test_arrays_serve_as_calibration_data():
     """Arrays by input name serve as well as a file; the report says that they were arrays."""
     with np.load(CALIB) as arrays:

@@ -273,6 +273,7 @@ def test_verify_sees_changed_data(source: Path, tmp_path: Path) -> None:
     assert run("verify", source, out, "--plan", plan).exit_code == 5
 
 
+@pytest.mark.slow
 def test_calibration_and_compensation(source: Path, tmp_path: Path) -> None:
     """Calibrated and fitted weights are those of the model in one file, and go outside again."""
     calib = ["--target-mac", "0.5", "--no-latency", "--calib", DIGITS / "digits_calib.npz"]

@@ -90,6 +90,7 @@ def test_the_plan_is_against_the_original(tmp_path: pathlib.Path) -> None:
         onnxprune.verify(MODEL, folder / "trained.onnx", folder / "plan.json")
 
 
+@pytest.mark.slow
 def test_a_step_that_loses_too_much_is_taken_back_and_halved(tmp_path: pathlib.Path) -> None:
     """After a bad step a smaller one starts from the last good model; the result keeps the floor."""
     done = loop(tmp_path, 0.05, Pace(step=0.5, min_step=0.1, max_drop=0.5))
@@ -206,6 +207,7 @@ def test_the_command_tells_everything(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "path.svg").read_text().lstrip().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_a_target_that_the_floor_forbids_ends_with_4_and_the_best_model(tmp_path: pathlib.Path) -> None:
     """The smallest model that keeps the floor is written, and the exit code says that the target was not met."""
     out = tmp_path / "out.onnx"
