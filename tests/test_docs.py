@@ -66,14 +66,9 @@ def clone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     return tmp_path
 
 
-SLOW = {
-    "sensitivity.md",
-    "training.md",
-    "tutorial.md",
-    "howto/guard.md",
-    "howto/large.md",
-    "howto/npu.md",
-}  # minutes in all
+HOWTO = ("finetune", "guard", "large", "npu", "quantised")
+SLOW = {"sensitivity.md", "training.md", "tutorial.md", *(f"howto/{page}.md" for page in HOWTO)}
+"""Pages that take minutes together."""
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in PAGES])
