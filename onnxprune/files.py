@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 from onnxprune.errors import FileError, UsageError
@@ -63,6 +64,7 @@ def owned() -> str:
 _OWNED = re.compile(r"(\..*\.)?onnxprune-([0-9a-f]{12})-([0-9]+)-\w+")
 
 
+@cache
 def _place() -> str:
     """Hash of machine, boot and namespace: within one of it a process number belongs to one process."""
     facts = [platform.node()]
