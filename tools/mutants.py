@@ -47,6 +47,7 @@ from onnxprune import runtime  # noqa: E402
 RENEW = 2000  # mutants after which a process is replaced: onnxruntime's caches grow
 LENIENT = 4  # number of a mutant that keeps 0.7 of its MAC
 SAVED = 3  # mutants that are kept of one failure
+UNPROVED = 5  # exit code of a proof that failed: nothing was written, and yet a label may be wrong
 
 
 # -- in the process that runs mutants --------------------------------------------------------------------------------
@@ -179,6 +180,7 @@ def fuzz(chosen: argparse.Namespace) -> int:
     seeds, worker = _seeds(chosen), Worker(chosen)
     outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS} | {"all mutants": Counter()}
     failures: dict[str, list[int]] = defaultdict(list)
+    unproved: list[str] = []
     begin, slowest = time.perf_counter(), (0.0, 0)
     numbers = range(chosen.start, chosen.start + chosen.mutants)
     if chosen.only:
@@ -199,6 +201,8 @@ def fuzz(chosen: argparse.Namespace) -> int:
             found = mutant(seeds, chosen.seed, number)
             for kind in (*dict.fromkeys(found.kinds), "all mutants"):
                 outcomes[kind][title(verdict)] += 1
+            if verdict.code == UNPROVED and verdict.outcome != FAILED:
+                unproved.append(f"{number} {found.seed}: {', '.join(found.kinds)}\n    {verdict.text.splitlines()[-1]}")
             if verdict.outcome == FAILED:
                 failures[verdict.key].append(number)
                 print(
@@ -210,6 +214,8 @@ def fuzz(chosen: argparse.Namespace) -> int:
     print(*table(outcomes), sep="\n")
     for key, failed in sorted(failures.items(), key=lambda item: -len(item[1])):
         print(f"{len(failed)} times (first {failed[0]}): {key}")
+    if unproved:
+        print("refused by the proof alone:", *unproved, sep="\n")
     print(f"{ran} mutants in {seconds:.0f} s, the slowest {slowest[0]:.1f} s ({slowest[1]})")
     return sum(map(len, failures.values()))
 
