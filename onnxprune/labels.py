@@ -709,6 +709,9 @@ class Ledger:
         """Reshape: walk the atoms in row-major order and cut them where the new axes end."""
         if prod(length(axis) for axis in layout.axes) != prod(shape):
             raise Refusal(f"{[length(axis) for axis in layout.axes]} cannot be reshaped to {list(shape)}")
+        if not prod(shape):
+            self.freeze(layout.axes, "it is reshaped without an element")
+            return unlabelled(shape)
         axes = self._cut([atom for axis in layout.axes for atom in axis], shape)
         return unlabelled(shape) if axes is None else self.arrange(axes)
 

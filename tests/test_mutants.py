@@ -256,6 +256,25 @@ def test_weights_of_one_number_are_pruned(bias: bool) -> None:
     assert result.report.floor["mac"] < 0.2
 
 
+def test_layer_without_channels_is_refused() -> None:
+    """A layer that makes no channel, before an operator that moves channels to pixels, leaves nothing to remove."""
+    t = Tiny()
+    y = t.conv(t.input(1, 2, 4, 6), "a", 2, 6)
+    model = t.build(t.node("SpaceToDepth", y, name="s", blocksize=2))
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "a.w")
+    weight.CopyFrom(numpy_helper.from_array(np.zeros((0, 2, 1, 1), np.float32), "a.w"))
+    refused(model, "target out of reach")
+
+
+def test_shape_of_a_weight_that_is_read_off_another_verifies() -> None:
+    """Pruning stores the shape of a filled weight where it was read off a tensor before; verifying knows that it may."""
+    t = Tiny(opset=23)
+    x = t.node("MatMul", t.input(4, 5), t.random(5, 8, name="q.w"), name="q")
+    rows = t.node("Shape", t.random(8, 3, name="z.w"), name="rows")
+    y = t.node("MatMul", x, t.node("ConstantOfShape", rows, name="filled"), name="z")
+    assert_pruned(t.build(y))
+
+
 # -- the tools ---------------------------------------------------------------------------------------------------------
 
 
