@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
+from schemas import assert_report
 
 import architectures
 import onnxprune
@@ -361,6 +362,7 @@ def test_summary_and_json(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert lines[-2] == "loss      cross-entropy, metric top1"
     assert lines[-1] == f"written   {tmp_path / 'art'}"
     printed = ok(*arguments, "--force", "--json", "-").stdout
+    assert_report("artifact", json.loads(printed))
     assert json.loads(printed) == read_artifact(tmp_path / "art").manifest
     assert ok(*arguments, "--force", "-q").output == ""
 

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from schemas import assert_report
 
 import onnxprune
 from commands import ok, run
@@ -270,6 +271,7 @@ def test_command(source: Path, out: Path, plan_path: Path, tmp_path: Path) -> No
         f"written  {out}",
     ]
     data = json.loads(report.read_text())
+    assert_report("checkpoint", data)
     assert data["sliced"]["fc.weight"] == {"before": [5, 4], "after": [5, 3], "tensors": ["fc.weight"]}
     assert data["output"]["sha256"] == checkpoint_files.onnx_io.sha256(out)
     assert data["copied"] == [name for name in entries(source) if name in ("steps", "empty")]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from schemas import assert_report
 
 import onnxprune
 from commands import ok, run
@@ -200,6 +201,7 @@ def test_the_command_tells_everything(tmp_path: pathlib.Path) -> None:
     assert "activations 1e6" in found.output
     assert "--val takes other data" in found.output
     told = json.loads(report.read_text())
+    assert_report("run", told)
     assert told["reached"]
     assert [step["status"] for step in told["iterations"]] == ["good"] * 3
     assert told["cost"]["ratio"]["mac"] <= 0.7
@@ -353,7 +355,9 @@ def test_training_that_diverges_is_a_bad_step(tmp_path: pathlib.Path) -> None:
     found = ok(
         *words(tmp_path / "out.onnx", "--json", report, trainer=f"{sys.executable} {script} {{artifact}} {{out}}")
     )
-    steps = json.loads(report.read_text())["iterations"]
+    told = json.loads(report.read_text())
+    assert_report("run", told)
+    steps = told["iterations"]
     assert [(step["share"], step["status"]) for step in steps] == [(0.8, "diverged"), (0.9, "good"), (0.8, "good")]
     assert steps[0]["metric"] is None
     assert "diverged" in found.output

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import ArrayLike
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxprune
@@ -264,6 +265,44 @@ def test_layer_without_channels_is_refused() -> None:
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == "a.w")
     weight.CopyFrom(numpy_helper.from_array(np.zeros((0, 2, 1, 1), np.float32), "a.w"))
     refused(model, "target out of reach")
+
+
+def test_directions_that_its_attribute_does_not_know_freeze_a_recurrence() -> None:
+    """Weights of two directions of an operator that says it goes forward: nothing follows from them."""
+    t = Tiny()
+    x = t.input(5, 2, 4)
+    w, r = t.random(2, 18, 4, name="w"), t.random(2, 18, 6, name="r")
+    model = t.build(t.node("GRU", x, w, r, name="g", hidden_size=6, direction="bidirectional"))
+    del model.graph.node[0].attribute[:]
+    model.graph.node[0].attribute.append(helper.make_attribute("hidden_size", 6))
+    assert "of 2 directions" in frozen(model)
+
+
+@pytest.mark.parametrize("op", ["Gather", "ScatterElements", "GatherElements"])
+def test_indices_that_do_not_fit_freeze(op: str) -> None:
+    """An index beyond the channels, or operands of unequal ranks, freeze what they meet."""
+    t = Tiny()
+    y = t.conv(t.input(1, 2, 4, 6), "a", 2, 6)
+    if op == "Gather":
+        model = t.build(t.node("Gather", y, t.constant([5]), name="g", axis=1))
+        _set(model, model.graph.node[-1].input[1], [6])
+        assert "outside of its 6 channels" in frozen(model)
+        return
+    indices = t.constant(np.zeros((1, 6, 4, 6), np.int64))
+    more = [t.constant(np.zeros((1, 6, 4, 6), np.float32))] if op == "ScatterElements" else []
+    model = t.build(t.node(op, y, indices, *more, name="g", axis=1))
+    _set(model, model.graph.node[-1].input[1], np.zeros((1, 6, 4, 6, 1)) if more else np.zeros(6))
+    assert "not of one rank" in frozen(model)
+
+
+def frozen(model: ModelProto) -> str:
+    """What inspecting says about frozen tensors."""
+    return " ".join(each["reason"] for each in onnxprune.inspect(model).to_json()["frozen"])
+
+
+def _set(model: ModelProto, name: str, indices: ArrayLike) -> None:
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.array(indices, np.int64), name))
 
 
 def test_shape_of_a_weight_that_is_read_off_another_verifies() -> None:

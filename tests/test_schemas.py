@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
+from schemas import OPEN, assert_plan, assert_report, kind_of_report, shipped
 
 import architectures
 import onnxprune
@@ -41,38 +41,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x, target = t.rng.uniform(0, 1, (2, 12, 3, 16, 16)).astype(np.float32)
     np.savez(folder / "calib.npz", x=x, target=target)
     return folder / "in.onnx"
-
-
-def shipped(name: str) -> dict[str, Any]:
-    """Return a schema as it lies in the installed package."""
-    return json.loads(resources.files("onnxprune").joinpath("schemas", f"{name}.json").read_text(encoding="utf-8"))
-
-
-def closed(schema: Any) -> Any:
-    """Return the schema with unknown keys forbidden wherever it names keys."""
-    if isinstance(schema, list):
-        return [closed(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    strict = {name: closed(each) for name, each in schema.items()}
-    return {"additionalProperties": False, **strict} if isinstance(schema.get("properties"), dict) else strict
-
-
-def kind_of_report(kind: str) -> Draft202012Validator:
-    """Return the strict schema of one kind of report."""
-    return Draft202012Validator(
-        {**closed(shipped("report")["$defs"][kind]), "$defs": closed(shipped("report")["$defs"])}
-    )
-
-
-OPEN = {name: Draft202012Validator(shipped(name)) for name in ("report", "plan")}
-PLAN = Draft202012Validator(closed(shipped("plan")))
-
-
-def assert_plan(content: Any) -> None:
-    """A plan is what the schema says, in the strict sense and in the open one."""
-    PLAN.validate(content)
-    OPEN["plan"].validate(content)
 
 
 def keys(content: Any, path: str = "") -> Iterable[str]:
@@ -116,6 +84,7 @@ def keys(content: Any, path: str = "") -> Iterable[str]:
         ),
         pytest.param("run", ".curve[].score", ["inspect", DIGITS], id="inspect"),
         pytest.param("run", ".options.ignore[]", ["inspect", DIGITS, "--ignore", "*conv1*"], id="ignore"),
+        pytest.param("difference", ".layers[].a.mac", ["diff", DIGITS, "SMALL"], id="diff"),
         pytest.param("evaluation", ".quality.value", ["evaluate", DIGITS, *JUDGED], id="evaluate"),
         pytest.param(
             "sensitivity", ".rows[].error",
@@ -141,8 +110,7 @@ def test_reports_are_what_the_schema_says(
     }
     ok(*(places.get(str(word), word) for word in arguments), "-q", "--json", tmp_path / "r.json")
     content = json.loads((tmp_path / "r.json").read_text())
-    kind_of_report(kind).validate(content)
-    OPEN["report"].validate(content)
+    assert_report(kind, content)
     assert shown in set(keys(content))
 
 
@@ -175,8 +143,7 @@ def test_failures_are_what_the_schema_says(tmp_path: Path, code: int, arguments:
     result = run(*(tmp_path / "out.onnx" if word == "OUT" else word for word in arguments), "--json", report)
     assert result.exit_code == code
     content = json.loads(report.read_text())
-    kind_of_report("failure").validate(content)
-    OPEN["report"].validate(content)
+    assert_report("failure", content)
     assert content["error"]["code"] == code
 
 

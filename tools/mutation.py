@@ -4,9 +4,10 @@
     python tools/mutation.py [--mutants 300] [--seed 0] [--jobs 1] [--only onnxprune/ops] [--out mutation.jsonl]
 
 Mutants are drawn from the labels, the rules of operators and the selection: a comparison, sign, condition or constant
-becomes another one, a call is left out. Each runs the tests of its file first, then those of the others of its kind, up
-to the first failure. A line per mutant goes to ``--out``, from where a run that was broken off goes on. Prints a table and
-what survived; exits with 1 where something did.
+becomes another one, a call is left out. A first run without any change learns which tests run which lines. A mutant then
+runs the tests that run its line, those of its file first, the quick ones of the others until ``BUDGET`` seconds are filled,
+up to the first failure. A line per mutant goes to ``--out``, from where a run that was broken off goes on. Prints a table
+and what survived; exits with 1 where something did. Needs coverage (extra "dev").
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +33,7 @@ from importlib.machinery import SourceFileLoader
 from types import CodeType
 from typing import Any
 
+import coverage
 import numpy as np  # noqa: F401 (here once, not in every process)
 import onnx  # noqa: F401
 import onnx_graphsurgeon  # noqa: F401
@@ -39,8 +42,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = ["onnxprune/labels.py", "onnxprune/ops/*.py", "passes/select.py", "passes/allocate.py"]
-LIMIT = 600
+LIMIT = 300
 """Seconds of a processor after which a mutant counts as noticed: it does not end. It may wait ten times as long."""
+
+BUDGET = 120
+"""Seconds that the tests of other files may take, by the first run."""
 
 MEMORY = 8 << 30
 OUTCOMES = ("killed", "endless", "survived")
@@ -97,8 +103,8 @@ def changes(tree: ast.Module) -> Iterator[tuple[ast.AST, int, Callable[[], None]
     """Every change of a tree: the statement to show, its line, and what makes the change in place."""
 
     def visit(node: ast.AST, replace: Callable[[Any], None], shown: ast.AST, line: int) -> Iterator:
-        if isinstance(node, ast.JoinedStr | ast.Assert | ast.Raise):
-            return  # texts, and what only tells a type checker something
+        if isinstance(node, ast.JoinedStr | ast.Assert | ast.Raise) or getattr(node, "arg", "") == "strict":
+            return  # texts, and what only asserts something
         line = getattr(node, "lineno", line)
         shown = node if isinstance(node, ast.stmt) else shown
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
@@ -173,30 +179,133 @@ def drawn(count: int, seed: int, only: str) -> list[tuple[str, int]]:
 # -- tests -------------------------------------------------------------------------------------------------------------
 
 
-def tests_of(file: str) -> list[str]:
-    """Test files to run, those most likely to fail first."""
+def tests_of(file: str) -> tuple[list[str], list[str]]:
+    """Files of tests to run: its own, and the others."""
     path = pathlib.Path(file)
     if path.parts[0] == "passes":
-        return [
-            *(["tests/passes/test_rank.py"] if path.stem == "allocate" else []),
-            *SELECTION,
-            "tests/test_calibrated.py",
-        ]
-    own = OWN.get(path.stem, [f"tests/ops/test_{path.stem}.py"])
-    return [*own, *RULES] if path.stem != "labels" else RULES[1:] + RULES[:1]
+        own = ["tests/passes/test_rank.py"] if path.stem == "allocate" else []
+        return [*own, *SELECTION[:2]], [*SELECTION[2:], "tests/test_calibrated.py"]
+    own = OWN.get(path.stem, [f"tests/ops/test_{path.stem}.py"]) if path.stem != "labels" else RULES[1:2]
+    return own, [test for test in RULES if test not in own]
 
 
-def run(tests: list[str], file: str, tree: ast.Module | None) -> str:
-    """Run tests in a process of its own that reads ``tree`` in the place of a file: killed, survived or endless."""
+@dataclass(frozen=True)
+class Known:
+    """What the run without any change has shown: seconds of every test, and the tests that run a line of a file."""
+
+    seconds: dict[str, float]
+    lines: dict[str, dict[str, list[str]]]
+
+    def chosen(self, places: Sequence[str], file: str, line: int, budget: float = float("inf")) -> list[str]:
+        """Tests of files or folders ``places`` that run a line, the quickest first; all of them where none runs it."""
+        found = self.lines.get(file, {}).get(str(line)) or self.seconds
+        tests = sorted((test for test in found if test.startswith(tuple(places))), key=self.seconds.__getitem__)
+        sums = itertools.accumulate(map(self.seconds.__getitem__, tests))
+        return [test for test, total in zip(tests, sums, strict=True) if total <= budget]
+
+
+class Only:
+    """Plugin that runs chosen tests, those of a file together, the quickest first."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self._places = {test: place for place, test in enumerate(tests)}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave the others out."""
+        items[:] = [item for item in items if item.nodeid in self._places]
+        items.sort(key=lambda item: self._places[item.nodeid])
+        first = {item.fspath: place for place, item in reversed([*enumerate(items)])}
+        items.sort(key=lambda item: first[item.fspath])
+
+
+class Recorder:
+    """Plugin that writes what :class:`Known` holds to a file."""
+
+    def __init__(self, measured: coverage.Coverage, out: str) -> None:
+        self._measured, self._out = measured, out
+        self._seconds: dict[str, float] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Measure one test."""
+        self._measured.switch_context(item.nodeid)
+        begin = time.process_time()
+        done = yield
+        self._seconds[item.nodeid] = time.process_time() - begin
+        return done
+
+    def pytest_sessionfinish(self) -> None:
+        """Write everything."""
+        self._measured.stop()
+        data = self._measured.get_data()
+        lines = {
+            str(pathlib.Path(file).relative_to(ROOT)): {
+                line: [*filter(None, tests)] for line, tests in data.contexts_by_lineno(file).items()
+            }
+            for file in data.measured_files()
+        }
+        pathlib.Path(self._out).write_text(json.dumps({"seconds": self._seconds, "lines": lines}))
+
+
+def learn(files: Sequence[str], kept: pathlib.Path | None) -> Known:
+    """Run the tests without any change, or read what an earlier run has kept."""
+    if kept is None or not kept.exists():
+        places = sorted({test for file in files for tests in tests_of(file) for test in tests})
+        with tempfile.TemporaryDirectory() as folder:
+            out = f"{folder}/known.json"
+            if run(partial(_measure, places, out), 10 * LIMIT) != "survived":
+                sys.exit("tests fail without any change")
+            text = pathlib.Path(out).read_text()
+        if kept is None:
+            return Known(**json.loads(text))
+        kept.write_text(text)
+    return Known(**json.loads(kept.read_text()))
+
+
+def _measure(places: Sequence[str], out: str) -> int:
+    measured = coverage.Coverage(data_file=None, include=FILES, config_file=False)
+    measured.start()
+    return _pytest(places, Recorder(measured, out))
+
+
+def _pytest(places: Sequence[str], plugin: object) -> int:
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *places], [plugin]))
+
+
+def judge(mutant: Mutant, tree: ast.Module, known: Known) -> str:
+    """Run the tests of a mutant's own file, then others: killed, survived or endless."""
+    own, others = tests_of(mutant.file)
+    for places, budget in ((own, float("inf")), (others, BUDGET)):
+        tests = known.chosen(places, mutant.file, mutant.line, budget)
+        files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+        if files and (outcome := run(partial(_mutated, files, tests, mutant.file, tree))) != "survived":
+            return outcome
+    return "survived"
+
+
+def _mutated(files: Sequence[str], tests: Sequence[str], file: str, tree: ast.Module) -> int:
+    usual = SourceFileLoader.get_code
+
+    def get_code(self: SourceFileLoader, name: str) -> CodeType | None:
+        if pathlib.Path(self.path).resolve() == ROOT / file:
+            return compile(tree, self.path, "exec")
+        return usual(self, name)
+
+    SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+    return _pytest(files, Only(tests))
+
+
+def run(tests: Callable[[], int], limit: int = LIMIT) -> str:
+    """Run tests in a process of its own that may take ``limit`` seconds of a processor: killed, survived or endless."""
     begin = time.monotonic()
     child = os.fork()
     if not child:
-        _test(tests, file, tree)
+        _alone(tests, limit)
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
             break
-        if time.monotonic() - begin > 10 * LIMIT:
+        if time.monotonic() - begin > 10 * limit:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return "endless"
@@ -205,27 +314,18 @@ def run(tests: list[str], file: str, tree: ast.Module | None) -> str:
     return "endless" if ended else "killed" if status else "survived"
 
 
-def _test(tests: list[str], file: str, tree: ast.Module | None) -> None:
+def _alone(tests: Callable[[], int], limit: int) -> None:
     os.setsid()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(quiet, stream)
-    if tree is not None:
-        usual = SourceFileLoader.get_code
-
-        def get_code(self: SourceFileLoader, name: str) -> CodeType | None:
-            if pathlib.Path(self.path).resolve() == ROOT / file:
-                return compile(tree, self.path, "exec")
-            return usual(self, name)
-
-        SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
     code = 1
     try:
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+        code = tests()
     finally:
-        os._exit(int(code))
+        os._exit(code)
 
 
 def main() -> None:
@@ -248,12 +348,11 @@ def main() -> None:
         known = {row["key"]: row["outcome"] for row in map(json.loads, chosen.out.read_text().splitlines())}
     with ThreadPoolExecutor(chosen.jobs) as pool:
         files = sorted({file for file, _ in places})
-        if places and run(sorted({test for file in files for test in tests_of(file)}), "", None) != "survived":
-            sys.exit("tests fail without any change")
+        learned = learn(files, chosen.out and chosen.out.with_suffix(".known.json"))
 
         def one(place: tuple[str, int]) -> tuple[Mutant, str]:
             mutant, tree = made(*place)
-            outcome = known.get(mutant.key) or run(tests_of(mutant.file), mutant.file, tree)
+            outcome = known.get(mutant.key) or judge(mutant, tree, learned)
             if chosen.out and mutant.key not in known:
                 with chosen.out.open("a") as file:
                     file.write(json.dumps({"key": mutant.key, **asdict(mutant), "outcome": outcome}) + "\n")

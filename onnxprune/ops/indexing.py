@@ -36,6 +36,8 @@ def search(node: Node, ledger: Ledger) -> None:
 def gather_elements(node: Node, ledger: Ledger) -> None:
     """Output (i, j) is data (i, indices (i, j)): on the other axes, as many of the data's first indices meet those."""
     data, indices = ledger.input(node, 0), ledger.input(node, 1)
+    if len(data.axes) != len(indices.axes):
+        raise Refusal("its data and indices are not of one rank")
     position = node.attributes.get("axis", 0) % len(data.axes)
     data = _looked_up(node, ledger, data, [position])
     axes = list(indices.axes)
@@ -62,6 +64,8 @@ def scatter_elements(node: Node, ledger: Ledger) -> None:
     """Update (i, j) goes to (i, indices (i, j)): on the other axes, as many of the data's first indices meet both."""
     data, indices, updates = (ledger.input(node, index) for index in range(3))
     shape = ledger.shape(node.inputs[1])
+    if not len(data.axes) == len(indices.axes) == len(updates.axes):
+        raise Refusal("its data, indices and updates are not of one rank")
     position = node.attributes.get("axis", 0) % len(shape)
     ledger.freeze([indices.axes[position], updates.axes[position]], WRITTEN, node.inputs[2])
     data, updates = _looked_up(node, ledger, data, [position]), ledger.mix(updates, [position])

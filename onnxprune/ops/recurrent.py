@@ -21,6 +21,8 @@ def recurrence(node: Node, ledger: Ledger) -> None:
         raise Refusal("its input and weights do not all have three axes")
     x, gates = ledger.input(node, 0), GATES[node.op]
     n_directions, _, n_units = ledger.shape(node.inputs[2])
+    if n_directions != (2 if node.attributes.get("direction") == "bidirectional" else 1):
+        raise Refusal(f"its weights are of {n_directions} directions, which is not what its attribute says")
     batch_first = node.attributes.get("layout", 0)
     batch, steps = x.axes[:2] if batch_first else x.axes[1::-1]
     channels_only(node, ledger, (steps,), "a recurrence runs along it")

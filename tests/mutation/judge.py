@@ -88,6 +88,8 @@ def _through_python(folder: pathlib.Path, target: float, preset: str) -> Verdict
         result = onnxprune.prune(model, target_mac=target, preset=preset)
     except onnxprune.OnnxPruneError as error:
         return _refusal(error.exit_code, str(error))
+    except MemoryError as error:  # the command line makes a message and exit code 3 of it
+        return _refusal(3, str(error) or "out of memory")
     if model.SerializeToString() != given:
         raise AssertionError("the model that was passed in was changed")
     if not result.plan.initializers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from onnx import ModelProto
@@ -10,18 +11,19 @@ from .common import copy
 
 Files = dict[str, bytes]
 _ROUNDS = 200
+_SECONDS = 60
 
 
 def shrink(found: Files, model: ModelProto | None, fails: Callable[[Files], bool]) -> Files:
     """Drop nodes, initializers and declarations while ``fails`` holds; bytes that are no model stay as they are."""
     if model is None or len(found) > 1 or not fails(written(model)):
         return found
-    rounds, again = 0, True
-    while again and rounds < _ROUNDS:
+    rounds, again, end = 0, True, time.monotonic() + _SECONDS
+    while again and rounds < _ROUNDS and time.monotonic() < end:
         again = False
         for smaller in _smaller(model):
             rounds += 1
-            if rounds >= _ROUNDS:
+            if rounds >= _ROUNDS or time.monotonic() > end:
                 break
             if fails(written(smaller)):
                 model, again = smaller, True
