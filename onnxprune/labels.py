@@ -630,7 +630,10 @@ class Ledger:
     def take(self, axis: Axis, indices: np.ndarray) -> Axis:
         """Pick indices of an axis, in order; a single picked index loses its label and is frozen."""
         size = length(axis)
-        if len(indices) and not 0 <= np.min(indices) <= np.max(indices) < size:
+        if not len(indices):
+            self.freeze([axis], "none of it is picked")
+            return fixed(0)
+        if not 0 <= np.min(indices) <= np.max(indices) < size:
             raise Refusal(f"an index is outside of its {size} channels")
         if len(indices) == size and np.array_equal(indices, np.arange(size)):
             return axis

@@ -37,7 +37,6 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
     UsageError
         ``input_shapes`` names an unknown input or contradicts the model.
     """
-    _check_opset(model)
     _require_one_writer(model.graph)
     constants = _constants(model)
     declared = _declared_inputs(model, constants)
@@ -74,16 +73,6 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
         notes=tuple(notes),
         n_nodes=len(model.graph.node),
     )
-
-
-def _check_opset(model: onnx.ModelProto) -> None:
-    versions = [opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
-    if not versions:
-        raise ModelError("the model imports no standard operator set")
-    if versions[0] < 7:
-        raise ModelError(
-            f"opset {versions[0]} is too old; convert the model to opset 7 or newer (onnx.version_converter)"
-        )
 
 
 def _require_one_writer(graph: onnx.GraphProto) -> None:

@@ -22,6 +22,7 @@ def require_valid(model: onnx.ModelProto) -> None:
     Rules may then take what a schema promises: how many inputs there are, and of which type an attribute is. What the
     schemas leave to inference, be it ranks or sizes, and operators that nobody here knows, are not looked at.
     """
+    _require_opset(model)
     _require_text(model.graph)
     versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
     _require_names(model.graph)
@@ -31,6 +32,16 @@ def require_valid(model: onnx.ModelProto) -> None:
             _require_fit(node, versions)
         except ValueError as error:
             raise ModelError(f"the graph is invalid: {_title(node)} {error}") from error
+
+
+def _require_opset(model: onnx.ModelProto) -> None:
+    versions = [opset.version for opset in model.opset_import if opset.domain in STANDARD]
+    if not versions:
+        raise ModelError("the model imports no standard operator set")
+    if versions[0] < 7:
+        raise ModelError(
+            f"opset {versions[0]} is too old; convert the model to opset 7 or newer (onnx.version_converter)"
+        )
 
 
 def _require_text(graph: onnx.GraphProto) -> None:
@@ -114,6 +125,8 @@ def _require_fit(node: onnx.NodeProto, versions: dict[str, int]) -> None:
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in names:
             raise ValueError(f"lacks its attribute {name}")
+    if schema.name == "Constant" and schema.attributes.keys().isdisjoint(names):
+        raise ValueError("lacks its value")
     for attribute in node.attribute:
         wanted = schema.attributes.get(attribute.name)
         if wanted is not None and attribute.type != int(wanted.type):

@@ -12,6 +12,8 @@ from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError
 from onnxprune.ops.quantised import quantised
 
+_QUANTISE = ("QuantizeLinear", "DequantizeLinear")
+
 
 def check_values(coupling: Coupling) -> None:
     """Look at every constant that has channels, and at the variances of normalisations.
@@ -33,9 +35,11 @@ def check_values(coupling: Coupling) -> None:
             raise ModelError(f"{name}: holds NaN; train or export the model again")
         if endless and prunable:
             raise ModelError(f"{name}: holds infinity where channels could be removed; train or export the model again")
-    for weight in quantised(coupling.model).values():
-        if weight.scale is not None and weight.scale.size and any(_holds(weight.scale.load().astype(np.float64))):
-            raise ModelError(f"{weight.scale.name}: a scale is NaN or infinite; quantise or export the model again")
+    scales = [weight.scale for weight in quantised(coupling.model).values()]
+    scales += [coupling.model.constant(node.inputs[1]) for node in coupling.model.nodes if node.op in _QUANTISE]
+    for scale in scales:
+        if scale is not None and scale.size and any(_holds(scale.load().astype(np.float64))):
+            raise ModelError(f"{scale.name}: a scale is NaN or infinite; quantise or export the model again")
     for node in coupling.model.nodes:
         if node.op != "BatchNormalization" or node.attributes.get("training_mode", 0):
             continue

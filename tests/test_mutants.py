@@ -295,6 +295,61 @@ def test_indices_that_do_not_fit_freeze(op: str) -> None:
     assert "not of one rank" in frozen(model)
 
 
+def test_norm_with_more_axes_than_it_normalises_freezes() -> None:
+    """A bias that has all axes of a LayerNormalization over the last one."""
+    model = perceptron(lambda t, x: t.node("LayerNormalization", x, t.random(6, name="s"), t.random(6, name="b")))
+    vector = next(tensor for tensor in model.graph.initializer if tensor.name == "b")
+    vector.CopyFrom(numpy_helper.from_array(np.ones((4, 6), np.float32), "b"))
+    assert "more axes than it normalises" in frozen(model)
+
+
+def test_shape_that_is_no_vector_freezes_a_reshape() -> None:
+    """The operand of a Reshape with an axis too many."""
+    model = perceptron(lambda t, x: t.node("Reshape", x, t.constant([4, 6])))
+    _set(model, model.graph.node[1].input[1], [[4, 6]])
+    assert "is no vector" in frozen(model)
+
+
+def test_channels_of_which_none_is_picked_stay() -> None:
+    """A Slice that ends where it begins."""
+    t = Tiny()
+    y = t.conv(t.input(1, 2, 4, 6), "a", 2, 6)
+    model = t.build(t.node("Slice", y, t.constant([2]), t.constant([3]), t.constant([1]), name="s"))
+    _set(model, model.graph.node[1].input[2], [2])
+    assert "none of it is picked" in frozen(model)
+
+
+def test_constant_node_without_a_value_is_refused() -> None:
+    """A tensor under another attribute's name is none, though onnxruntime takes it."""
+    model = perceptron(lambda t, x: t.node("Reshape", x, t.constant([4, 6])))
+    tensor = numpy_helper.from_array(np.array([4, 6], np.int64))
+    node = helper.make_node("Constant", [], ["target"], name="k")
+    node.attribute.append(helper.make_attribute("group", tensor))
+    model.graph.node.insert(0, node)
+    model.graph.node[2].input[1] = "target"
+    refused(model, "Constant k lacks its value")
+
+
+def test_quantising_by_nan_is_refused() -> None:
+    """A scale of activations that is NaN is named."""
+    t = Tiny()
+    y = t.conv(t.input(1, 2, 4, 6), "a", 2, 6)
+    scale, zero = t.constant(np.float32(0.1), "scale"), t.constant(np.int8(0))
+    y = t.node("DequantizeLinear", t.node("QuantizeLinear", y, scale, zero), scale, zero)
+    model = t.build(t.conv(y, "z", 6, 3))
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "scale")
+    tensor.CopyFrom(numpy_helper.from_array(np.array(np.nan, np.float32), "scale"))
+    refused(model, "scale: a scale is NaN")
+
+
+def test_branches_are_not_looked_at_before_the_opset() -> None:
+    """An If with one branch, in a model that imports no standard operators."""
+    model = convolutions()
+    model.graph.node.append(helper.make_node("If", ["r"], ["i"], then_branch=model.graph))
+    model.opset_import[0].domain = "ai.onnx.ml"
+    refused(model, "no standard operator set")
+
+
 def frozen(model: ModelProto) -> str:
     """What inspecting says about frozen tensors."""
     return " ".join(each["reason"] for each in onnxprune.inspect(model).to_json()["frozen"])

@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--no-zoo", action="store_true")
     parser.add_argument("--family", default="", choices=["case", "random", "architecture", "fixture", "zoo"])
     parser.add_argument("--judge", type=pathlib.Path, nargs="+", metavar="FOLDER")
-    parser.add_argument("--memory", type=int, default=6, metavar="GIB", help="of address space that a process may take")
+    parser.add_argument("--memory", type=int, default=4, metavar="GIB", help="of address space that a process may take")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.work:

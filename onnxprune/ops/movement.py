@@ -28,6 +28,9 @@ def reshape(node: Node, ledger: Ledger) -> None:
     dynamic = any(not isinstance(size, int) for dims in ledger.model.declared.values() for size in dims)
     if node.op == "Squeeze" and not node.has(1) and "axes" not in node.attributes and dynamic:
         raise Refusal("a Squeeze without axes and a dynamic batch: one channel left would be dropped")
+    target = ledger.model.value(node.inputs[1]) if node.op == "Reshape" else None
+    if target is not None and target.ndim != 1:
+        raise Refusal("the shape it is to have is no vector")
     ledger.output(node, ledger.regroup(ledger.input(node, 0), ledger.shape(node.outputs[0])))
 
 

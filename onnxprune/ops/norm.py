@@ -34,6 +34,8 @@ def layer_normalization(node: Node, ledger: Ledger) -> None:
     for index in (i for i in (1, 2) if node.has(i)):
         parameter = ledger.input(node, index)
         offset = rank - len(parameter.axes)
+        if offset < first:
+            raise Refusal("its scale or bias has more axes than it normalises")
         for position, axis in enumerate(parameter.axes, offset):
             axes[position] = ledger.unify(axes[position], axis)
     ledger.output(node, axes)
