@@ -125,10 +125,10 @@ def _require_fit(node: onnx.NodeProto, versions: dict[str, int]) -> None:
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in names:
             raise ValueError(f"lacks its attribute {name}")
-    if schema.name == "Constant" and schema.attributes.keys().isdisjoint(names):
-        raise ValueError("lacks its value")
     for attribute in node.attribute:
         wanted = schema.attributes.get(attribute.name)
+        if wanted is None and not domain and not attribute.name.startswith("__"):
+            raise ValueError(f"has an attribute {attribute.name}, which it does not know in this opset")
         if wanted is not None and attribute.type != int(wanted.type):
             kinds = AttributeProto.AttributeType
             raise ValueError(

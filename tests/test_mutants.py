@@ -319,15 +319,15 @@ def test_channels_of_which_none_is_picked_stay() -> None:
     assert "none of it is picked" in frozen(model)
 
 
-def test_constant_node_without_a_value_is_refused() -> None:
-    """A tensor under another attribute's name is none, though onnxruntime takes it."""
+def test_attribute_that_an_operator_does_not_know_is_refused() -> None:
+    """A tensor of a Constant under another attribute's name is none, though onnxruntime takes it."""
     model = perceptron(lambda t, x: t.node("Reshape", x, t.constant([4, 6])))
     tensor = numpy_helper.from_array(np.array([4, 6], np.int64))
     node = helper.make_node("Constant", [], ["target"], name="k")
     node.attribute.append(helper.make_attribute("group", tensor))
     model.graph.node.insert(0, node)
     model.graph.node[2].input[1] = "target"
-    refused(model, "Constant k lacks its value")
+    refused(model, "Constant k has an attribute group, which it does not know in this opset")
 
 
 def test_quantising_by_nan_is_refused() -> None:
