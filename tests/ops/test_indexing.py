@@ -157,6 +157,17 @@ def scatter_nd(*, updates: str = "computed", opset: int = 18, **attributes: str)
     return t.build(t.linear(t.node("LeakyRelu", y), "z", 6, 3))
 
 
+def scatter_nd_grid() -> ModelProto:
+    """Write tokens at a grid of places: indices of three axes, whose last holds the tuples."""
+    t = Tiny(opset=18)
+    data = t.linear(t.input(4, 5, 4), "a", 4, 6)
+    written = t.linear(t.input(3, 2, 4, name="u"), "b", 4, 6)
+    indices = t.constant([[[0], [1]], [[3], [2]], [[1], [3]]])
+    rows = t.node("Reshape", written, t.constant([3, 2, 1, 6]))
+    y = t.node("ScatterND", data, indices, t.node("Tile", rows, t.constant([1, 1, 5, 1])), name="op")
+    return t.build(t.linear(t.node("LeakyRelu", y), "z", 6, 3))
+
+
 def scatter_nd_channels() -> ModelProto:
     """Write single values at index tuples that name channels too."""
     t = Tiny()
@@ -323,6 +334,7 @@ CASES = [
     Case("ScatterND", "constant-tokens", partial(scatter_nd, updates="constant"), LINEAR | {"u.c/1": range(6)}, (6,)),
     Case("ScatterND", "largest", partial(scatter_nd, reduction="max"), LINEAR | {"b.w/1": range(6)}, (6,)),
     Case("ScatterND", "opset16", partial(scatter_nd, opset=16), LINEAR | {"b.w/1": range(6)}, (6,)),
+    Case("ScatterND", "grid", scatter_nd_grid, LINEAR | {"b.w/1": range(6)}, (6,)),
     Case("ScatterND", "channels", scatter_nd_channels, frozen=frozen("ScatterND", INDEXED, "a.w/1")),
     Case("TensorScatter", "rows", cache, TWO, (6,)),
     Case("TensorScatter", "from-the-start", partial(cache, positions=False), TWO, (6,)),

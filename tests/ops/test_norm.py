@@ -7,7 +7,7 @@ import pytest
 from onnx import ModelProto
 
 import oracle
-from graphs import Tiny, sandwich
+from graphs import Tiny, perceptron, sandwich
 from oracle import Case
 
 PASSES = {"a.w/0": range(6), "a.b/0": range(6), "z.w/1": range(6)}
@@ -17,6 +17,11 @@ OPSETS = {"GroupNormalization": 21, "RMSNormalization": 23}
 def batch_norm(**attributes) -> ModelProto:
     """Normalise by stored statistics."""
     return sandwich(lambda t, y: t.batch_norm(y, "op", 6, **attributes))
+
+
+def batch_norm_of_rows() -> ModelProto:
+    """Normalise the output of a linear layer."""
+    return perceptron(lambda t, y: t.batch_norm(y, "op", 6))
 
 
 def training_batch_norm() -> ModelProto:
@@ -131,6 +136,9 @@ def frozen(op: str, text: str, *names: str) -> dict[str, tuple[str, str, str]]:
 
 CASES = [
     Case("BatchNormalization", "inference", batch_norm, SCALED | {"op.mean/0": range(6), "op.variance/0": range(6)}, (6,)),
+    Case("BatchNormalization", "of-rows", batch_norm_of_rows,
+         {f"{name}/{axis}": range(6) for name, axis in (("a.w", 1), ("a.b", 0), ("z.w", 0))}
+         | {f"op.{role}/0": range(6) for role in ("scale", "shift", "mean", "variance")}, (6,)),
     Case(
         "BatchNormalization", "training", training_batch_norm,
         frozen=frozen("BatchNormalization", "training mode mixes the batch"),
@@ -257,3 +265,10 @@ def test_scales_of_groups_stay():
     assert pruned.proof.ok, pruned.proof.failures
     assert pruned.proof.redefined == ("op",)
     assert "op.scale" not in pruned.plan.initializers
+
+
+def test_vector_has_one_channel() -> None:
+    """A BatchNormalization of a vector: its only channel stays."""
+    t = Tiny()
+    model = t.build(t.batch_norm(t.input(5), "op", 1))
+    assert not oracle.couple_proto(model).bundles

@@ -377,6 +377,25 @@ def test_gather_index_that_only_looks_right_is_rewritten(indices):
     oracle.assert_prunes(model, coupling, keep_channels(coupling, kept))
 
 
+def test_gather_indices_that_still_fit_are_left_alone():
+    """The first channels keep their places where only later ones go: the operand is not written anew."""
+    t = Tiny()
+    y = t.conv(t.input(1, 2, 4, 6), "a", 2, 6)
+    part = t.node("Gather", y, t.constant([0, 2, -5], "picked"), name="op", axis=1)
+    model = t.build(t.node("Add", t.conv(y, "w", 6, 3), t.conv(part, "z", 3, 3)))
+    coupling = oracle.couple_proto(model)
+    pruned = oracle.assert_prunes(model, coupling, keep_channels(coupling, [0, 1, 2, 3, 4]))
+    assert operand(pruned.model, 1) == [0, 2, 1]
+    t = Tiny()
+    y = t.conv(t.input(1, 2, 4, 6), "a", 2, 6)
+    part = t.node("Gather", y, t.constant([0, 2], "picked"), name="op", axis=1)
+    model = t.build(t.node("Add", t.conv(y, "w", 6, 3), t.conv(part, "z", 2, 3)))
+    coupling = oracle.couple_proto(model)
+    pruned = oracle.assert_prunes(model, coupling, keep_channels(coupling, [0, 1, 2, 3, 4]))
+    assert next(node for node in pruned.model.graph.node if node.name == "op").input[1] == "picked"
+    assert "picked" in {tensor.name for tensor in pruned.model.graph.initializer}
+
+
 def test_operands_shared_with_other_nodes_are_copied():
     """A bound that two slices share keeps its old value for the slice that still needs it."""
     t = Tiny()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
@@ -19,7 +19,17 @@ from onnxprune.cost import Cost
 from onnxprune.coupling import Bundle, Coupling, Group
 from onnxprune.passes.couple import couple
 from onnxprune.passes.score import Scores, score
-from onnxprune.passes.select import KEEP_SHARE, PRESETS, Limits, Selection, effective_scores, lowest, select
+from onnxprune.passes.select import (
+    KEEP_SHARE,
+    PRESETS,
+    Limits,
+    Selection,
+    effective_scores,
+    least_kept,
+    lowest,
+    prices,
+    select,
+)
 
 NAMES = ("edsr", "sid", "resnet_a", "resnext", "mobilenet_v2", "densenet", "c2f_detector", "layer_norm_mlp")
 
@@ -181,6 +191,18 @@ def test_limits_count_channels_of_all_rows(limits: Limits, least: int) -> None:
         assert_exact(own, {"mac": share}, "a", limits)
 
 
+def test_blocks_of_unequal_width_go_by_their_mean() -> None:
+    """Four channels of 1.0 each go before two of 1.2, though together they lose more."""
+    own = case_of(sandwich(lambda t, y: t.conv(y, "b", 12, 10), 12, 10))
+    wide, narrow = sorted(own.groups, key=lambda group: -group.size)
+    assert (wide.size, narrow.size) == (12, 10)
+    values = np.zeros(own.coupling.n_classes)
+    values[wide.classes], values[narrow.classes] = 1.0, 1.2
+    scores = replace(own.scores, value=values, order=values)
+    (_, first), (_, then), *_ = prices(own.coupling, own.cost, scores, PRESETS["a"], Limits(align=4))
+    assert (first, then) == (0, pytest.approx(4 / (12 + 1.2 * 10)))
+
+
 def joined() -> ModelProto:
     """Join tensors of two, six and four channels in front of a convolution of two groups of six."""
     t = Tiny()
@@ -264,6 +286,10 @@ def test_out_of_reach_names_floor_and_culprits() -> None:
     assert 1 <= len(error.culprits) <= 3
     assert set(error.culprits) <= {node.name for node in own.model.graph.node}
     assert all(name in str(error) for name in error.culprits)
+    keep = least_kept(own.coupling, PRESETS["d"], Limits(), own.scores.value)
+    macs = own.cost.layers.values(own.cost.counts(keep))
+    left = {work.node.title: value for work, value in zip(own.cost.works, macs, strict=True)}
+    assert [left[name] for name in error.culprits] == sorted(left.values(), reverse=True)[: len(error.culprits)]
 
 
 def test_frozen_network_is_out_of_reach() -> None:
