@@ -390,7 +390,7 @@ def _compensate(
     if all_quantised(loaded.coupling):
         return pruned, Compensation()
     with clock.stage("compensate"):
-        flat, graph = _read_pruned(loaded, pruned)
+        flat, graph = _read_pruned(loaded, pruned, options.provider)
         mode: Mode = "bias" if options.compensation == "bias" else "least-squares"
         fitted = compensate(
             loaded.flat, loaded.coupling, flat, graph, pruned, keep, feeds, mode=mode, memory=options.calib_memory,
@@ -402,12 +402,13 @@ def _compensate(
     return amended, fitted
 
 
-def _read_pruned(loaded: Loaded, pruned: onnx.ModelProto) -> tuple[onnx.ModelProto, Model]:
+def _read_pruned(loaded: Loaded, pruned: onnx.ModelProto, provider: str) -> tuple[onnx.ModelProto, Model]:
     """The pruned graph as it is reasoned about, like ``loaded.flat``."""
     try:
         flat = inline(pruned) if loaded.flat is loaded.proto else flatten(inline(pruned))
         return flat, onnx_io.read(flat, loaded.coupling.model.input_shapes)
     except ModelError as error:
+        _run_original(loaded, provider)
         raise ProofError(f"the pruned graph is invalid: {error}; nothing was written", (str(error),)) from error
 
 
@@ -671,7 +672,7 @@ def _apply_and_prove(
     if not options.proof:
         return pruned, None
     with clock.stage("prove"):
-        flat, graph = _read_pruned(loaded, pruned)
+        flat, graph = _read_pruned(loaded, pruned, options.provider)
         proof = prove(
             loaded.flat, flat, graph, loaded.coupling, plan, keep,
             seed=options.seed, provider=options.provider or None,
@@ -728,7 +729,7 @@ def _run_whole(loaded: Loaded, pruned: onnx.ModelProto, provider: str) -> None:
             problem = str(error)
         else:
             return
-    with onnx_io.temporary_file(loaded.proto) as path:
+    with onnx_io.temporary_file(loaded.source) as path:
         try:
             runtime.Session(path, provider).run(feeds)
         except ModelError:
@@ -738,7 +739,7 @@ def _run_whole(loaded: Loaded, pruned: onnx.ModelProto, provider: str) -> None:
 
 def _run_original(loaded: Loaded, provider: str) -> None:
     """Blame the original where that does not run in one piece, either."""
-    with onnx_io.temporary_file(loaded.proto) as path:
+    with onnx_io.temporary_file(loaded.source) as path:
         session = runtime.Session(path, provider)
         session.run(runtime.random_feeds(session.inputs, loaded.coupling.model.input_shapes))
 

@@ -7,6 +7,7 @@ import math
 import mmap
 import pathlib
 import platform
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -523,4 +524,5 @@ def _leaf_value(leaf: onnx.NodeProto, shape: Sequence[int]) -> np.ndarray:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"Load model from \S+ failed: ?", "", line)[:300]  # a temporary file, of which nobody knows

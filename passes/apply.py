@@ -202,7 +202,10 @@ def _drop_dead(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray, pla
         for index in reversed(dead):
             del graph.node[index]
 
-    drop(graph)
+    known = -1
+    while len(gone) > known:  # once where nodes are in order; onnxruntime takes them in any
+        known = len(gone)
+        drop(graph)
 
 
 def _drop_results(node: onnx.NodeProto, gone: set[str]) -> list[str]:

@@ -13,6 +13,7 @@ from itertools import combinations, count, islice
 from math import comb
 
 import numpy as np
+from onnx import TensorProto
 
 from onnxprune import ops
 from onnxprune.coupling import Coupling
@@ -111,7 +112,7 @@ def follow(coupling: Coupling, keep: np.ndarray, nodes: Iterable[Node] | None = 
             elif not _patch(coupling, view, node, edit, edits):
                 edits.failures.append((node, f"its {node.op} operand is computed by arithmetic that would not follow"))
         for index in _changed_data(coupling.model, view, node, refused=refused):
-            if node.inputs[index] in coupling.lasting:
+            if node.inputs[index] in coupling.lasting and not _becomes_a_shape(coupling.model, node):
                 edits.inputs[node.key, index] = coupling.model.static_values[node.inputs[index]]
             else:
                 edits.unpinned.append((node, node.inputs[index]))
@@ -128,6 +129,22 @@ def _changed_data(model: Model, view: View, node: Node, *, refused: bool) -> lis
         for index, name in enumerate(node.inputs)
         if name in model.static and not np.array_equal(values[name], view.values[name])
     ]
+
+
+def _becomes_a_shape(model: Model, node: Node) -> bool:
+    """Whether integers that are computed here say, further on, how data moves: the count must then follow, not stay."""
+    waiting, seen = [node], {node.key}
+    while waiting:
+        for name in waiting.pop().outputs:
+            if model.types.get(name) not in (TensorProto.INT64, TensorProto.INT32):
+                continue
+            for reader, index in model.consumers.get(name, ()):
+                if ops.reads_shapes(reader) and (index or reader.op == "ConstantOfShape"):
+                    return True
+                if reader.key not in seen:
+                    seen.add(reader.key)
+                    waiting.append(reader)
+    return False
 
 
 def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:

@@ -350,6 +350,46 @@ def test_branches_are_not_looked_at_before_the_opset() -> None:
     refused(model, "no standard operator set")
 
 
+def test_rotation_that_is_neither_way_freezes() -> None:
+    """Any value of ``interleaved`` but 0 and 1: programs disagree about it."""
+    t = Tiny(opset=23)
+    y = t.linear(t.input(1, 5, 4), "q", 4, 8)
+    tables = [t.random(1, 5, 2, name=name) for name in ("cos", "sin")]
+    model = t.build(t.linear(t.node("RotaryEmbedding", y, *tables, num_heads=2, interleaved=1, name="r"), "z", 8, 3))
+    attribute = next(a for a in model.graph.node[1].attribute if a.name == "interleaved")
+    attribute.i = -1
+    assert "interleaved is -1" in frozen(model)
+
+
+def test_weight_that_does_not_fit_its_groups_freezes() -> None:
+    """Four groups over six channels."""
+    t = Tiny()
+    y = t.conv(t.input(1, 2, 4, 6), "a", 2, 6)
+    model = t.build(t.node("Conv", y, t.random(6, 3, 1, 1, name="w"), name="g", group=2))
+    attribute = next(a for a in model.graph.node[-1].attribute if a.name == "group")
+    attribute.i = 4
+    assert "in 4 groups does not fit 6 channels" in frozen(model)
+
+
+def test_dead_nodes_in_any_order() -> None:
+    """A node that nobody reads stands before the one that it reads, which reads what shrinks: both go."""
+    model = convolutions()
+    model.graph.node.insert(0, helper.make_node("Gather", ["sizes", "one"], ["dead"], name="g"))
+    model.graph.node.append(helper.make_node("Shape", ["r"], ["sizes"], name="s"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "one"))
+    result = onnxprune.prune(model, target_mac=0.6)
+    assert {node.name for node in result.model.graph.node} == {"a", "r", "z"}
+
+
+def test_model_that_does_not_run_is_to_blame_itself() -> None:
+    """Two nodes of one name are refused by onnxruntime: that is said of the model, not of what pruning made of it."""
+    model = convolutions()
+    model.graph.node[1].name = model.graph.node[0].name
+    refused(model, "two nodes with same node name")
+    with pytest.raises(onnxprune.ModelError):
+        onnxprune.prune(model, target_mac=0.6)
+
+
 def frozen(model: ModelProto) -> str:
     """What inspecting says about frozen tensors."""
     return " ".join(each["reason"] for each in onnxprune.inspect(model).to_json()["frozen"])

@@ -72,7 +72,10 @@ def rotary_embedding(node: Node, ledger: Ledger) -> None:
             ledger.unify(tokens, table.axes[1])
     else:
         _stay(ledger, batch, tokens, *(table.axes[0] for table in tables))
-    _rotate(ledger, columns, [table.axes[-1] for table in tables], node.attributes.get("interleaved", 0))
+    interleaved = node.attributes.get("interleaved", 0)
+    if interleaved not in (0, 1):
+        raise Refusal(f"interleaved is {interleaved}, which is neither 0 nor 1")
+    _rotate(ledger, columns, [table.axes[-1] for table in tables], interleaved)
     ledger.output(node, x)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from onnxprune.labels import Axis, Channels, Ledger, Refusal, fixed, is_fixed
+from onnxprune.labels import Axis, Channels, Ledger, Refusal, fixed, is_fixed, length
 from onnxprune.model import Node
 from onnxprune.ops import Change, Edit, channels_only, couples, rewrites
 
@@ -60,6 +60,8 @@ def convolve(node: Node, ledger: Ledger, channel: int, operands: Operands = PLAI
     x, w = ledger.input(node, operands.a), ledger.input(node, place, axes=(0,))
     groups = node.attributes.get("group", 1)
     shape, kernel = ledger.shape(node.outputs[0]), ledger.shape(node.inputs[place])
+    if groups < 1 or kernel[0] % groups or length(x.axes[channel]) != groups * kernel[1]:
+        raise Refusal(f"a weight of {list(kernel)} in {groups} groups does not fit {length(x.axes[channel])} channels")
     pixels = [axis for axis in range(1, len(shape)) if axis != channel]
     channels_only(node, ledger, (*(x.axes[p] for p in pixels), *w.axes[2:]), "a convolution slides over it")
     out = w.axes[0]
@@ -96,6 +98,8 @@ def conv_transpose(node: Node, ledger: Ledger) -> None:
     x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0,))
     groups = node.attributes.get("group", 1)
     source, shape, kernel = ledger.shape(node.inputs[0]), ledger.shape(node.outputs[0]), ledger.shape(node.inputs[1])
+    if groups < 1 or kernel[0] != source[1] or kernel[0] % groups:
+        raise Refusal(f"a weight of {list(kernel)} in {groups} groups does not fit {source[1]} channels")
     channels_only(node, ledger, (*x.axes[2:], *w.axes[2:]), "a convolution slides over it")
     ledger.unify(x.axes[1], w.axes[0])
     rows, columns = ledger.grid(w.axes[0], groups)

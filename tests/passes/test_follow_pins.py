@@ -382,3 +382,24 @@ def test_length_that_is_an_output() -> None:
     result = assert_pruned_at(model, [{}], 0.85)
     assert "a.w/0" not in removed(result)
     assert "b.w/0" in removed(result)
+
+
+def test_count_beside_a_length_that_data_decide() -> None:
+    """A number of channels that ends in a shape, beside one that an input gives, would have to follow: it stays."""
+    t = Tiny()
+    y = t.node("Relu", t.conv(t.input(1, 2, 4, 6), "a", 2, 8, 3))
+    rows = t.input(1, name="rows", kind=TensorProto.INT64)
+    y = t.node("Reshape", y, t.node("Concat", rows, dim(t, y, 1, vector=True), t.constant([-1]), axis=0))
+    y = t.node("Relu", t.node("Reshape", y, t.constant([1, -1, 4, 6])))
+    model = t.build(t.conv(t.node("Relu", t.conv(y, "b", 8, 8, 3)), "z", 8, 3))
+    result = onnxprune.prune(model, target_mac=0.8)
+    assert removed(result).isdisjoint({"a.w/0", "b.w/1"})
+    feeds = {**image_of(model), "rows": np.array([1])}
+    assert_close(run(result.model, feeds), masked_reference(model, result.plan, feeds, ()))
+
+
+def image_of(model: ModelProto) -> dict[str, np.ndarray]:
+    """Random values for the first input."""
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    shape = [dim.dim_value for dim in dims]
+    return {model.graph.input[0].name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
