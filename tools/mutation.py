@@ -197,9 +197,15 @@ class Known:
     lines: dict[str, dict[str, list[str]]]
 
     def chosen(self, places: Sequence[str], file: str, line: int, budget: float = float("inf")) -> list[str]:
-        """Tests of files or folders ``places`` that run a line, the quickest first; all of them where none runs it."""
+        """Tests of files or folders ``places`` that run a line, the quickest first; all of them where none runs it.
+
+        Without a budget the others follow: what a test computes once may serve those after it.
+        """
         found = self.lines.get(file, {}).get(str(line)) or self.seconds
         tests = sorted((test for test in found if test.startswith(tuple(places))), key=self.seconds.__getitem__)
+        if budget == float("inf"):
+            tests += sorted(set(self.seconds).difference(tests), key=self.seconds.__getitem__)
+            tests = [test for test in tests if test.startswith(tuple(places))]
         sums = itertools.accumulate(map(self.seconds.__getitem__, tests))
         return [test for test, total in zip(tests, sums, strict=True) if total <= budget]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxprune.model import Constant, Model, Node
 
-_OPERANDS: Mapping[str, tuple[tuple[int, int | None, int, int], ...]] = {
+OPERANDS: Mapping[str, tuple[tuple[int, int | None, int, int], ...]] = {
     "QLinearConv": ((3, 4, 5, 0),),
     "ConvInteger": ((1, None, 3, 0),),
     "QLinearMatMul": ((3, 4, 5, -1), (0, 1, 2, -1)),
@@ -145,7 +145,7 @@ def _of(node: Node, model: Model) -> Iterator[Quantised]:
         weight = constant(1)
         if weight is not None:
             yield Quantised(weight, constant(2), constant(3), 0, bits=node.attributes["bits"])
-    for weight_index, scale_index, zero_index, axis in _OPERANDS.get(node.op, ()):
+    for weight_index, scale_index, zero_index, axis in OPERANDS.get(node.op, ()):
         weight = constant(weight_index)
         if weight is not None and not weight.floating:
             scale = constant(scale_index) if scale_index is not None else _behind(node, model)

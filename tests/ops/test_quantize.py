@@ -11,12 +11,14 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, defs, numpy_helper
 
 import architectures
 import onnxprune
 import oracle
 from graphs import Tiny, perceptron, sandwich
+from onnxprune import runtime
+from onnxprune.ops.quantised import OPERANDS
 from oracle import Case
 
 LIMITS = {"int4": 7, "uint4": 15, "int8": 100, "uint8": 200, "int16": 20000, "uint16": 40000, "int32": 2000}
@@ -485,3 +487,14 @@ def test_quantised_residual_block_equals_masked(quantise: Callable[..., ModelPro
     shapes = {tensor.name: list(tensor.dims) for tensor in pruned.model.graph.initializer}
     whole = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     assert {name.partition("_")[0] for name in whole if shapes.get(name) != whole[name]} >= {"a.w", "b.w", "c.w", "z.w"}
+
+
+def test_scales_and_zero_points_are_those_of_the_schemas() -> None:
+    """The table names, for every operand of weights, the inputs that the operator's schema calls after it."""
+    for op, operands in OPERANDS.items():
+        schema = defs.get_schema(op, 24) if defs.has(op, 24) else runtime.schema(op, "com.microsoft")
+        names = [formal.name.lower() for formal in schema.inputs]
+        for weight, scale, zero, _ in operands:
+            stem = names[weight]
+            assert scale is None or names[scale] == f"{stem}_scale", op
+            assert names[zero] in (f"{stem}_zero_point", f"{stem}_zp"), op
