@@ -402,7 +402,7 @@ def _compensate(
     return amended, fitted
 
 
-def _read_pruned(loaded: Loaded, pruned: onnx.ModelProto, provider: str) -> tuple[onnx.ModelProto, Model]:
+def _read_pruned(loaded: Loaded, pruned: onnx.ModelProto, provider: str = "") -> tuple[onnx.ModelProto, Model]:
     """The pruned graph as it is reasoned about, like ``loaded.flat``."""
     try:
         flat = inline(pruned) if loaded.flat is loaded.proto else flatten(inline(pruned))

@@ -97,6 +97,11 @@ class Bench:
         return process.returncode, message or "", state(self.out, self.old)
 
 
+def listening() -> None:
+    """Take SIGINT, which what a shell runs in the background leaves out."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def signalled(bench: Bench, kind: signal.Signals, moments: int, chance: random.Random) -> str:
     """Send a signal at random moments of a run."""
     begin = time.monotonic()
@@ -105,7 +110,7 @@ def signalled(bench: Bench, kind: signal.Signals, moments: int, chance: random.R
     whole, counts = time.monotonic() - begin, Counter[str]()
     for _ in range(moments):
         bench.fresh()
-        process = start(bench.source, bench.out)
+        process = start(bench.source, bench.out, preexec_fn=listening)
         try:
             process.wait(chance.uniform(0.02, 1.02) * whole)
         except subprocess.TimeoutExpired:
@@ -119,6 +124,7 @@ def signalled(bench: Bench, kind: signal.Signals, moments: int, chance: random.R
             bench.check("no temporary file is left", not leftovers(bench.folder))
         else:
             bench.check(f"exit code {code}", code in (0, -signal.SIGKILL))
+    bench.check("some runs were ended", any(not what.startswith("0:") for what in counts))
     n_left = len(leftovers(bench.folder))
     bench.ended(start(bench.source, bench.out))
     bench.check("the next run sweeps", not leftovers(bench.folder))

@@ -14,7 +14,7 @@ import onnxprune
 from graphs import Middle, Tiny
 from onnxprune.cost import Cost
 from onnxprune.passes.select import PRESETS
-from oracle import TOLERANCE, assert_close, constant_axes, couple_proto, run
+from oracle import TOLERANCE, assert_close, assert_prunes, constant_axes, constants_of, couple_proto, run
 
 TARGETS = (0.8, 0.7)
 STATISTIC = "a weight is computed from all of it"
@@ -462,3 +462,19 @@ def test_no_kernel_is_a_model_error() -> None:
     with pytest.raises(onnxprune.ModelError, match="onnxruntime cannot") as caught:
         onnxprune.prune(model, target_mac=0.75)
     assert caught.value.exit_code == 3
+
+
+def test_copies_of_which_one_is_left() -> None:
+    """Channels that cannot go, times two copies of which one goes: each channel meets the one that is left."""
+    t = Tiny()
+    y = t.node("Reshape", t.gemm(t.input(1, 6), "a", 6, 6), t.constant([1, 6, 1]))
+    parts = [t.node("Split", y, t.constant([1, 5]), name=f"s{k}", outputs=2, axis=1) for k in range(2)]
+    y = t.node("Add", *(t.node("Concat", t.node("Relu", first), rest, axis=1) for first, rest in parts))
+    y = t.node("Flatten", t.node("Relu", t.node("Tile", y, t.constant([1, 1, 2]), name="t")), axis=1)
+    model = t.build(t.gemm(y, "z", 12, 3))
+    coupling = couple_proto(model)
+    (copies,) = (group for group in coupling.groups if group.frozen is None)
+    keep = np.ones(coupling.n_classes, bool)
+    keep[copies.classes[1]] = False
+    pruned = assert_prunes(model, coupling, keep)
+    assert list(dict(constants_of(pruned.model))["z.w"].shape) == [6, 3]
