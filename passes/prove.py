@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,9 +171,9 @@ def check_labels(coupling: Coupling, pruned: Model, plan: Plan, keep: np.ndarray
         for key, text in ledger.refusals.items()
         if key not in coupling.ledger.refusals
     ]
-    alone = _alone(coupling, keep)
-    root = components(ledger.n_labels, _without(ledger.ties, alone))
-    merged = np.flatnonzero(root[: coupling.n_classes] != np.arange(coupling.n_classes))
+    root = components(ledger.n_labels, ledger.ties)
+    alone = np.isin(root[: coupling.n_classes], root[np.flatnonzero(_alone(coupling, keep))])
+    merged = np.flatnonzero((root[: coupling.n_classes] != np.arange(coupling.n_classes)) & ~alone)
     violations += [f"channels {root[channel]} and {channel} meet in the pruned graph" for channel in merged]
     return violations
 
@@ -212,7 +212,8 @@ def check_weights(coupling: Coupling, pruned: Model, plan: Plan) -> list[str]:
 def _alone(coupling: Coupling, keep: np.ndarray) -> np.ndarray:
     """Channels that are the only one left of a row, bool per class: which axis they stand on is then ambiguous.
 
-    Where a grouped convolution keeps one channel per group, its input and output channels meet row by row.
+    Where a grouped convolution keeps one channel per group, its input and output channels meet row by row. Where one copy
+    of channels is left, all of them meet it.
     """
     found = np.zeros(coupling.n_classes, bool)
     for labels in coupling.ledger.atoms:
@@ -222,17 +223,6 @@ def _alone(coupling: Coupling, keep: np.ndarray) -> np.ndarray:
         highest = np.where(kept, grid, -1).max(1)
         found[lowest[(lowest == highest) & ~kept.all(1)]] = True
     return found
-
-
-def _without(
-    ties: Iterable[tuple[np.ndarray, np.ndarray]], alone: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ties between labels of which none is alone: through such a one every channel of another axis may meet."""
-    n, known = len(alone), np.append(alone, False)  # labels from n on are the pruned graph's own
-    for pair in ties:
-        a, b = np.broadcast_arrays(*pair)
-        apart = ~(known[np.minimum(a, n)] | known[np.minimum(b, n)])
-        yield a[apart], b[apart]
 
 
 def _differing(plan: Plan, expected: dict[str, dict[int, list[int]]]) -> list[tuple[str, int]]:
