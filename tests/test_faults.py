@@ -233,3 +233,18 @@ def test_report_of_a_failed_run_is_whole(model: Path, tmp_path: Path) -> None:
     report.write_text("{old")
     assert run(model, tmp_path / "out.onnx", "--target-mac", "0.00001", "--json", report).exit_code == 4
     assert json.loads(report.read_text())["error"]["code"] == 4
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds, as Linux tells it."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is not told here")
+def test_many_runs_keep_no_memory(model: Path) -> None:
+    """Memory does not grow from run to run; ``tools/long_run.py`` looks at 200 with calibration."""
+    sizes = []
+    for _ in range(40):
+        onnxprune.prune(model, target_mac=0.6)
+        sizes.append(resident())
+    assert sizes[-1] - sizes[19] < 2 << 20, [size >> 10 for size in sizes]
