@@ -66,7 +66,7 @@ OWN = {
     "integer": ["tests/ops/test_integer.py", "tests/test_sibling.py"],
     "quantised": ["tests/ops/test_quantize.py", "tests/ops/test_integer.py", "tests/test_sibling.py"],
     "regress": ["tests/ops/test_regress.py", "tests/passes/test_compensate.py"],
-    "rescale": ["tests/passes/test_compensate.py"],
+    "rescale": ["tests/ops/test_rescale.py", "tests/passes/test_compensate.py"],
 }
 """Tests of a file of rules where they are not ``tests/ops/test_NAME.py`` alone."""
 
