@@ -51,7 +51,8 @@ TEXTS = {
     "indices": (
         "* returns its indices", "* returns flat indices through the channels", "* reads flat indices through the channels",
         "* counts through all elements", "it is indexed by computed values", "its indices say where they are written",
-        "one index is taken out alone", "it says which indices stay", "its lengths shape an identity matrix",
+        "one index is taken out alone", "none of it is picked",
+        "it says which indices stay", "its lengths shape an identity matrix",
         "its values are read as they are",
     ),
     "coordinates": (
@@ -59,7 +60,8 @@ TEXTS = {
         "it holds index tuples", "it weighs what is read at an offset", "it counts directions",
     ),
     "reshape": (
-        "it is reshaped across channel boundaries", "its axis factors do not divide those it meets",
+        "it is reshaped across channel boundaries", "it is reshaped without an element",
+        "its axis factors do not divide those it meets",
         "it is gathered into several axes", "a stride of * over * channels", "a stride keeps its rhythm",
         "it is padded with values other than zero or cropped",
     ),
