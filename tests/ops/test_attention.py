@@ -317,6 +317,10 @@ def rotary_cases(domain: str) -> list[Case]:
     frozen = {"q.w/1": ("op", "RotaryEmbedding", INPUT)}
     return [
         make("packed", partial(rotary, domain, num_heads=count), rotated(0, 1, 0, 1), (2,)),
+        make(
+            "packed-by-sixteen", partial(rotary, domain, size=16, rotated=16, num_heads=count),
+            rotated(*range(8), *range(8), tables=(*range(8),)), (8,),
+        ),
         make("heads", partial(rotary, domain, heads=True), rotated(0, 1, 0, 1), (2,)),
         make("interleaved", partial(rotary, domain, num_heads=count, interleaved=1), rotated(0, 0, 1, 1), (2,)),
         make(
