@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import signal
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,13 +76,27 @@ def _processes(
     joblib = _joblib()
     with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, max_nbytes=None)
-        results = parallel(joblib.delayed(_numbered)(function, number, call) for number, call in calls)
+        with _interrupts_held():
+            results = parallel(joblib.delayed(_numbered)(function, number, call) for number, call in calls)
     try:
         yield from results
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that work was thrown away is what an interruption means
             results.close()  # stops the processes where not all results were taken
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold SIGINT back for a moment: processes that are started meanwhile leave Ctrl-C to this one, which ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _joblib() -> Any:

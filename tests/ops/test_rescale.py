@@ -39,7 +39,7 @@ def in_training() -> ModelProto:
     return t.build(t.node("BatchNormalization", t.input(*MAPS), *vectors, name="op", outputs=3, training_mode=1)[0])
 
 
-CASES: dict[str, tuple[Callable[[], ModelProto], int]] = {
+FORMS: dict[str, tuple[Callable[[], ModelProto], int]] = {
     "batch": (lambda: normalised("BatchNormalization", MAPS), 1),
     "batch-epsilon": (lambda: normalised("BatchNormalization", MAPS, epsilon=0.3), 1),
     "instance": (lambda: normalised("InstanceNormalization", MAPS), 1),
@@ -56,10 +56,10 @@ def view(model: ModelProto) -> Rescale | None:
     return rescale(read.nodes[-1], read)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FORMS)
 def test_refitted_output_is_scaled_and_shifted(name: str) -> None:
     """New parameters give ``a`` times the old output plus ``b``, channel by channel."""
-    build, channel = CASES[name]
+    build, channel = FORMS[name]
     model, rng = build(), np.random.default_rng(3)
     found = view(model)
     assert found is not None
@@ -82,7 +82,7 @@ def test_refitted_output_is_scaled_and_shifted(name: str) -> None:
 
 def test_positions_are_all_axes_but_the_channels() -> None:
     """Rows hold a channel each, over samples and places."""
-    found = view(CASES["batch"][0]())
+    found = view(FORMS["batch"][0]())
     assert found is not None
     y = np.arange(np.prod(MAPS), dtype=np.float32).reshape(MAPS)
     assert found.positions(MAPS) == 2 * 3 * 4
@@ -94,7 +94,7 @@ def test_positions_are_all_axes_but_the_channels() -> None:
 
 def test_a_variance_that_would_not_be_positive_stays() -> None:
     """Where dividing by ``a`` squared leaves less than epsilon, the variance is kept; the mean makes up for the offset."""
-    found = view(CASES["batch-epsilon"][0]())
+    found = view(FORMS["batch-epsilon"][0]())
     assert found is not None
     one = np.ones(CHANNELS)
     scale, offset, mean, variance = found.refit([one, one, one, one], 10 * one, one)
