@@ -534,9 +534,8 @@ def verify_loaded(
     keep, plan = _plan_under(loaded, plan)
     sliced, proof = _apply_and_prove(loaded, plan, keep, options, progress, clock)
     with clock.stage("compare"):
-        expected, _ = prepare(
-            inline(sliced)
-        )  # as ``given``: pruning may have stored the shape that a weight is made of
+        # Prepared as ``given`` is: pruning may have stored the shape that a weight is made of.
+        expected, _ = prepare(inline(sliced))
         differences, exact = onnx_io.compare(expected, given)
     if not differences:
         _run_whole(loaded, given, options.provider)

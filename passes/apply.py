@@ -203,7 +203,7 @@ def _drop_dead(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray, pla
             del graph.node[index]
 
     known = -1
-    while len(gone) > known:  # once where nodes are in order; onnxruntime takes them in any
+    while len(gone) > known:  # onnxruntime takes nodes in any order: what reads a dead one may stand before it
         known = len(gone)
         drop(graph)
 
