@@ -22,7 +22,7 @@ from onnxprune.budget import Budget
 from onnxprune.calibration import all_quantised, load_feeds, quantised_layers, score_channels
 from onnxprune.cost import Cost
 from onnxprune.coupling import Coupling
-from onnxprune.errors import BudgetError, FileError, ModelError, ProofError, UsageError
+from onnxprune.errors import BudgetError, FileError, ModelError, OnnxPruneError, ProofError, UsageError
 from onnxprune.labels import length
 from onnxprune.latency import parse as parse_latency
 from onnxprune.latency import read_tables, with_latency
@@ -105,7 +105,7 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
         else:
             path = pathlib.Path(model)
             proto, digest = onnx_io.load_with_digest(path)
-    with clock.stage("couple"), _collector_paused():
+    with clock.stage("couple"), _collector_paused(), _blamed_if_broken(proto, options):
         shapes = options.input_shapes
         if plan is not None and not shapes:
             names = {value.name for value in proto.graph.input}
@@ -133,6 +133,23 @@ def _read_flat(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) ->
         if all(len({graph.shapes.get(name) for name in (*node.inputs[1:], node.key)}) == 1 for node in merged):
             return flat, graph
     return proto, onnx_io.read(proto, shapes)
+
+
+@contextmanager
+def _blamed_if_broken(model: ModelLike, options: Options) -> Iterator[None]:
+    """Where a stage fails in a way that nobody foresaw, see whether the model runs at all; if not, that is what is wrong."""
+    try:
+        yield
+    except (OnnxPruneError, MemoryError):
+        raise
+    except Exception as error:
+        try:
+            proto = model if isinstance(model, onnx.ModelProto) else onnx_io.load(model)
+            if runtime.fits(proto):
+                _run_source(proto, onnx_io.read(inline(proto), options.input_shapes).input_shapes, options.provider)
+        except ModelError as cause:
+            raise ModelError(f"{cause} (pruning it ended with {type(error).__name__}: {error})") from error
+        raise
 
 
 @contextmanager
@@ -167,7 +184,7 @@ def prune(model: ModelLike, options: Options | None = None, progress: Progress =
     """
     options = options or options_from(chosen)
     clock = Clock()
-    with runtime.threads_limited(options.threads):
+    with runtime.threads_limited(options.threads), _blamed_if_broken(model, options):
         return finish(ready(model, options, clock, progress), options, clock, progress)
 
 
@@ -492,7 +509,7 @@ def apply(
     options = options or options_from(chosen)
     plan = read_plan(plan)
     clock = Clock()
-    with runtime.threads_limited(options.threads):
+    with runtime.threads_limited(options.threads), _blamed_if_broken(model, options):
         loaded = load(model, options, clock, plan)
         check_values(loaded.coupling)
         keep, plan, found = replayed(loaded.coupling, plan)
@@ -520,7 +537,7 @@ def verify(
     options = options or options_from(chosen)
     plan = read_plan(plan)
     clock = Clock()
-    with runtime.threads_limited(options.threads):
+    with runtime.threads_limited(options.threads), _blamed_if_broken(original, options):
         return verify_loaded(load(original, options, clock, plan), pruned, plan, options, clock, progress)
 
 
@@ -738,9 +755,13 @@ def _run_whole(loaded: Loaded, pruned: onnx.ModelProto, provider: str) -> None:
 
 def _run_original(loaded: Loaded, provider: str) -> None:
     """Blame the original where that does not run in one piece, either."""
-    with onnx_io.temporary_file(loaded.source) as path:
+    _run_source(loaded.source, loaded.coupling.model.input_shapes, provider)
+
+
+def _run_source(source: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]], provider: str) -> None:
+    with onnx_io.temporary_file(source) as path:
         session = runtime.Session(path, provider)
-        session.run(runtime.random_feeds(session.inputs, loaded.coupling.model.input_shapes))
+        session.run(runtime.random_feeds(session.inputs, shapes))
 
 
 def options_from(chosen: Mapping[str, Any]) -> Options:

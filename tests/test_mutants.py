@@ -15,6 +15,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxprune
 from graphs import Tiny, perceptron, sandwich
+from onnxprune import ops
 from oracle import assert_pruned, couple_proto
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -308,6 +309,41 @@ def test_shape_that_is_no_vector_freezes_a_reshape() -> None:
     model = perceptron(lambda t, x: t.node("Reshape", x, t.constant([4, 6])))
     _set(model, model.graph.node[1].input[1], [[4, 6]])
     assert "is no vector" in frozen(model)
+
+
+def gru_of_flat_biases() -> ModelProto:
+    """Build a GRU whose biases have one axis."""
+    t = Tiny()
+    x = t.input(5, 2, 4)
+    w, r, b = t.random(1, 18, 4, name="w"), t.random(1, 18, 6, name="r"), t.random(1, 36, name="b")
+    model = t.build(t.node("GRU", x, w, r, b, name="g", hidden_size=6))
+    biases = next(tensor for tensor in model.graph.initializer if tensor.name == "b")
+    biases.CopyFrom(numpy_helper.from_array(np.zeros(36, np.float32), "b"))
+    return model
+
+
+def two_scales_of_one_number() -> ModelProto:
+    """Build a DequantizeLinear whose input has no axis, with two scales for it."""
+    t = Tiny()
+    t.input(1, 2, 4, 6)
+    one, scales = t.constant(np.array(3, np.int8)), t.constant(np.ones(2, np.float32))
+    return t.build(t.node("Mul", "x", t.node("DequantizeLinear", one, scales, name="q", axis=-1)))
+
+
+@pytest.mark.parametrize("build", [gru_of_flat_biases, two_scales_of_one_number])
+def test_what_no_rule_can_read_is_refused_where_it_does_not_run(build: Callable[[], ModelProto]) -> None:
+    """A rule that fails on a model that onnxruntime cannot run either blames the model, whatever is asked for."""
+    model = build()
+    refused(model, "onnxruntime cannot", "ended with IndexError")
+    with pytest.raises(onnxprune.ModelError, match="ended with IndexError"):
+        onnxprune.inspect(model)
+
+
+def test_rule_that_fails_on_a_model_that_runs_is_our_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of a rule is not hidden where the model is sound."""
+    monkeypatch.setitem(ops._COUPLE, ("", "Relu"), lambda node, ledger: ledger.input(node, 7))
+    with pytest.raises(IndexError):
+        onnxprune.prune(convolutions(), target_mac=0.6)
 
 
 def test_channels_of_which_none_is_picked_stay() -> None:
