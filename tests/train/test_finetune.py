@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import signal
@@ -15,6 +16,8 @@ import pytest
 from onnx import numpy_helper
 
 torch = pytest.importorskip("torch")
+
+from schemas import assert_report
 
 import onnxprune
 from commands import ok, run
@@ -54,8 +57,9 @@ def test_training_brings_quality_back(pruned: pathlib.Path, tmp_path: pathlib.Pa
     """What pruning by magnitude has cost comes back by the teacher's outputs alone; the graph is the pruned one."""
     out = tmp_path / "out.onnx"
     found = ok("finetune", pruned, out, "--data", CALIB, "--val", EVAL, "--metric", "top1", "--epochs", 15,
-               "--learning-rate", 2e-3, "-q")  # fmt: skip
+               "--learning-rate", 2e-3, "-q", "--json", tmp_path / "told.json")  # fmt: skip
     assert found.output == ""
+    assert_report("training", json.loads((tmp_path / "told.json").read_text(encoding="utf-8")))
     before = onnxprune.evaluate(pruned / "student.onnx", EVAL, "top1").value
     after = onnxprune.evaluate(out, EVAL, "top1").value
     assert after > before + 10
