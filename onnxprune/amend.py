@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from onnxprune import external
 from onnxprune.errors import ModelError
-from onnxprune.protos import constant_tensor, list_as_inputs
+from onnxprune.protos import as_text, constant_tensor, list_as_inputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,7 +136,7 @@ def _set_value(tensor: onnx.TensorProto, value: np.ndarray) -> bool:
     if fresh.raw_data == numpy_helper.from_array(external.array(tensor)).raw_data:
         return False  # the tensor may hold its numbers in another field
     if tensor.HasField("doc_string"):
-        fresh.doc_string = tensor.doc_string
+        fresh.doc_string = as_text(tensor.doc_string)
     fresh.metadata_props.extend(tensor.metadata_props)
     if external.belongs_outside(tensor):
         fresh.data_location = tensor.data_location

@@ -37,7 +37,12 @@ def copy_fields(source: Message, target: Message, leave_out: tuple[str, ...]) ->
         elif field.message_type is not None:
             getattr(target, field.name).CopyFrom(value)
         else:
-            setattr(target, field.name, value)
+            setattr(target, field.name, as_text(value) if field.type == field.TYPE_STRING else value)
+
+
+def as_text(value: str | bytes) -> str:
+    """What a field of text holds: protobuf gives bytes where that is no UTF-8, and takes none back."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def reads(proto: onnx.NodeProto) -> Iterator[str]:

@@ -46,8 +46,9 @@ def _require_opset(model: onnx.ModelProto) -> None:
 
 def _require_text(graph: onnx.GraphProto) -> None:
     """Raise :class:`ModelError` where a name is not text: protobuf then gives bytes."""
-    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
-    names = [value.name for value in values]
+    values = (*graph.input, *graph.output, *graph.value_info)
+    names = [graph.name, *(value.name for value in (*values, *graph.initializer))]
+    names += [dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim]
     for node in graph.node:
         names += (node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
     for name in names:

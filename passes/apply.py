@@ -18,7 +18,7 @@ from onnxprune.errors import ModelError, ProofError
 from onnxprune.model import Shape
 from onnxprune.passes.follow import PINNED, View, follow
 from onnxprune.plan import Plan, owner
-from onnxprune.protos import bodies, constant_tensor, copy_fields, list_as_inputs, reads
+from onnxprune.protos import as_text, bodies, constant_tensor, copy_fields, list_as_inputs, reads
 from onnxprune.slices import Slices, take
 
 
@@ -149,7 +149,7 @@ def _with_value(tensor: onnx.TensorProto, value: np.ndarray, name: str) -> onnx.
     if changed.data_type != tensor.data_type:
         raise ModelError(f"{name}: data type {tensor.data_type} cannot be sliced")
     if tensor.doc_string:
-        changed.doc_string = tensor.doc_string
+        changed.doc_string = as_text(tensor.doc_string)
     if external.belongs_outside(tensor):
         changed.data_location = tensor.data_location
     changed.metadata_props.extend(tensor.metadata_props)

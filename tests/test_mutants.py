@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxprune
+from commands import ok
 from graphs import Tiny, perceptron, sandwich
 from onnxprune import ops
 from oracle import assert_pruned, couple_proto
@@ -173,6 +174,37 @@ def test_name_that_is_no_text_is_refused() -> None:
     """A byte of a name was flipped: protobuf reads that, and gives bytes in the place of text."""
     data = convolutions().SerializeToString().replace(b"\x01r", b"\x01\xec")
     refused(onnx.ModelProto.FromString(data), "is no UTF-8 text")
+
+
+@pytest.mark.parametrize("name", ["a_graph", "a_length"])
+def test_names_of_graphs_and_lengths_are_text(name: str) -> None:
+    """Like those of nodes."""
+    model = convolutions()
+    model.graph.name = "a_graph"
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "a_length"
+    refused(onnx.ModelProto.FromString(_damaged(model, name)), "is no UTF-8 text")
+
+
+def _damaged(model: ModelProto, text: str) -> bytes:
+    return model.SerializeToString().replace(text.encode(), b"\xee" + text.encode()[1:])
+
+
+def test_documentation_in_another_encoding_does_no_harm(tmp_path: pathlib.Path) -> None:
+    """What is no UTF-8 in texts for people is replaced where it must be copied; the model is pruned, and can be read."""
+    model = convolutions()
+    model.producer_name = model.doc_string = model.graph.doc_string = "a caf\u00e9"
+    for part in (model.graph.input[0], model.graph.node[0], model.graph.initializer[0]):
+        part.doc_string = "a caf\u00e9"
+    model.metadata_props.add(key="a", value="a caf\u00e9")
+    (tmp_path / "in.onnx").write_bytes(model.SerializeToString().replace("\u00e9".encode(), b"\xe9!"))
+    ok("prune", tmp_path / "in.onnx", tmp_path / "out.onnx", "--target-mac", 0.6, "--plan-out", tmp_path / "plan.json")
+    ok("verify", tmp_path / "in.onnx", tmp_path / "out.onnx", "--plan", tmp_path / "plan.json")
+    assert onnx.load(tmp_path / "out.onnx").producer_name.startswith("a caf")
+
+
+def test_number_that_is_nan_stays_as_it_was() -> None:
+    """A factor of NaN makes a network that nobody wants; what pruning makes of it verifies all the same."""
+    assert_pruned(sandwich(lambda t, x: t.node("Mul", x, t.constant(np.float32(np.nan)))))
 
 
 def test_scales_of_a_wrong_shape_are_refused() -> None:
