@@ -46,17 +46,9 @@ def conv(node: Node, ledger: Ledger) -> None:
     convolve(node, ledger, 1)
 
 
-def _require_ranks(node: Node, ledger: Ledger, operands: Operands = PLAIN) -> None:
-    """Refuse a convolution whose weight has other axes than what it slides over."""
-    ranks = [len(ledger.shape(node.inputs[index])) for index in (operands.a, operands.b)]
-    if ranks[0] != ranks[1] or ranks[0] < 3:
-        raise Refusal(f"a weight of {ranks[1]} axes does not fit a tensor of {ranks[0]}")
-
-
 def convolve(node: Node, ledger: Ledger, channel: int, operands: Operands = PLAIN) -> None:
     """Convolve a tensor whose axis ``channel`` holds the channels."""
     place = operands.b
-    _require_ranks(node, ledger, operands)
     x, w = ledger.input(node, operands.a), ledger.input(node, place, axes=(0,))
     groups = node.attributes.get("group", 1)
     shape, kernel = ledger.shape(node.outputs[0]), ledger.shape(node.inputs[place])
@@ -94,7 +86,6 @@ def convolve(node: Node, ledger: Ledger, channel: int, operands: Operands = PLAI
 @couples("ConvTranspose")
 def conv_transpose(node: Node, ledger: Ledger) -> None:
     """Input channels end in the weight's axis 0; output channels start on its axis 1, once per group."""
-    _require_ranks(node, ledger)
     x, w = ledger.input(node, 0), ledger.input(node, 1, axes=(0,))
     groups = node.attributes.get("group", 1)
     source, shape, kernel = ledger.shape(node.inputs[0]), ledger.shape(node.outputs[0]), ledger.shape(node.inputs[1])

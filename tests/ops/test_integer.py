@@ -554,3 +554,15 @@ def test_real_weights_are_scaled_distances_from_zero_points(case: Case) -> None:
     real = quantised(oracle.couple_proto(model).model)["c.w"].load()
     scale, zero = (values[name].reshape(-1, 1, 1, 1).astype(np.float64) for name in ("c.w.s", "c.w.z"))
     assert real == pytest.approx((values["c.w"].astype(np.float64) - zero) * scale, rel=1e-6)
+
+
+def test_zero_points_of_an_integer_convolution_belong_to_its_outputs() -> None:
+    """A ConvInteger may have a zero point for each channel that it makes, as many as it reads here."""
+    t = Integers()
+    t.constant(t.rng.integers(-128, 128, (3, 3, 1, 1)).astype(np.int8), "w")
+    t.constant(np.array([1, -2, 3], np.int8), "z")
+    x = t.input(1, 3, 4, 6, kind=TensorProto.INT8)
+    model = t.build(t.node("Cast", t.node("ConvInteger", x, "w", t.constant(np.int8(0)), "z"), to=TensorProto.FLOAT))
+    values = dict(oracle.constants_of(model))
+    expected = values["w"].astype(np.float32) - values["z"].astype(np.float32)[:, None, None, None]
+    assert np.array_equal(quantised(oracle.couple_proto(model).model)["w"].load(), expected)
