@@ -22,8 +22,10 @@ from onnxprune.passes.score import Scores, score
 from onnxprune.passes.select import (
     KEEP_SHARE,
     PRESETS,
+    TRIED,
     Limits,
     Selection,
+    _moves,
     effective_scores,
     least_kept,
     lowest,
@@ -484,3 +486,11 @@ def test_ties_go_in_index_order(preset: str) -> None:
     assert not all(keep[group.classes].all() for group in own.groups)
     for group in own.groups:
         assert (np.diff(keep[group.classes].astype(int)) >= 0).all(), group.id
+
+
+def test_pairs_that_are_tried_are_those_that_gain_most_for_their_cost() -> None:
+    """Of more blocks than pairs are made of, the two that gain most for what they cost come back together."""
+    dear = [(block, 1, 1.0, np.array([10.0])) for block in range(TRIED + 4)]
+    cheap = [(block, 1, 1.5, np.array([1.0])) for block in (100, 101)]
+    best, *_ = _moves([*dear, *cheap], left=np.array([2.0]), limits=np.array([100.0]))
+    assert sorted(best) == [(100, 1), (101, 1)]
