@@ -28,7 +28,12 @@ SWELLING, FREE = 100, 1 << 30
 
 _HEADER_BYTES = 12_000  # numpy itself refuses headers of more than 10,000 characters
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What a picture may be, whatever its name says: for some other formats Pillow starts programs."""
+
 IMAGES = frozenset([".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+SAMPLES = IMAGES | {".npy", ".npz", ".pb"}
+"""How files of data are called."""
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
@@ -149,7 +154,7 @@ def picture(path: Path, shape: Shape) -> np.ndarray:
     last = shape[3] in (1, 3) and shape[1] not in (1, 3)
     channels = shape[3 if last else 1]
     try:
-        with reading(path), _no_warning(Image.DecompressionBombWarning), Image.open(path) as image:
+        with reading(path), _no_warning(Image.DecompressionBombWarning), Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF" or (isinstance(channels, int) and channels not in (1, 3)):
                 raise UsageError(
                     f"{path}: mode {image.mode} does not fit an input of shape {shape_text(shape)}; images are read as 8 "

@@ -191,16 +191,14 @@ def _add_model(model: ModelLike, path: pathlib.Path) -> dict[str, Any]:
         onnx_io.save(model, path)
     else:
         source = pathlib.Path(model)
-        for location in onnx_io.external_files(onnx_io.load_graph(source)):
+        for location, file in onnx_io.data_of(source).items():
             twin = path.parent / location
-            if twin.exists() and onnx_io.sha256(twin) != onnx_io.sha256(source.parent / location):
+            if twin.exists() and onnx_io.sha256(twin) != onnx_io.sha256(file):
                 raise UsageError(f"both models keep their data in a file {location}; save one of them in a single file")
         onnx_io.copy(source, path, force=True)
-    locations = sorted(onnx_io.external_files(onnx_io.load_graph(path)))
     entry = _file_entry(path)
-    if locations:
-        external = [_file_entry(path.parent / location) for location in locations]
-        entry["external"] = [{**each, "path": name} for each, name in zip(external, locations, strict=True)]
+    if data := onnx_io.data_of(path):
+        entry["external"] = [{**_file_entry(file), "path": name} for name, file in data.items()]
     return entry
 
 

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -21,9 +21,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from onnxprune import onnx_io, pipeline, quality, report, runtime
 from onnxprune import profile as profiles
+from onnxprune.arrays import SAMPLES
 from onnxprune.encodings import SlicedEncodings, slice_encodings
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
 from onnxprune.files import alone_in, read_toml, require_plain
+from onnxprune.manifest import FILE as MANIFEST
+from onnxprune.manifest import PARTS
 from onnxprune.metrics import METRICS
 from onnxprune.options import COMPENSATE, MEASURED, Options, silent
 from onnxprune.options import Progress as RunProgress
@@ -487,11 +490,23 @@ def _check_writes(given: dict[str, Any]) -> None:
         pathlib.Path(path).resolve() for path in (*_paths(named, MODELS + FILES), context.meta.get(_CONFIG)) if path
     }
     targets = [path for path in _paths(named, OUTPUTS) if path != "-"]
-    # Only a file that is there can hold a model's data, and only then is a model worth reading twice.
-    data = _data_of(_paths(named, MODELS)) if any(pathlib.Path(path).is_file() for path in targets) else set()
+    # Data can be overwritten where a file is there, or beside OUT, and only then is a model worth reading twice.
+    at_risk = len(targets) > 1 or any(pathlib.Path(path).is_file() for path in targets)
+    data = _data_of(_paths(named, MODELS)) if at_risk else {}
+    twins = (
+        {pathlib.Path(named["out"]).parent.resolve() / name for name in data.values()} if named.get("out") else set()
+    )
     for path in sorted(targets, key=lambda path: path == report_path):
         target = pathlib.Path(path).resolve()
-        for others, what in ((taken, "is also another file of this command"), (data, "holds the input's data")):
+        for others, what in (
+            (taken, "is also another file of this command"),
+            (data.keys(), "holds the input's data"),
+            (twins if path != named.get("out") else (), "is where the input's data belongs beside OUT"),
+            (
+                {target} if _is_part(target, taken, named.get("directory")) else (),
+                "is part of a folder of this command",
+            ),
+        ):
             if target in others or any(_same_file(target, other) for other in others):
                 if path == report_path:
                     given["json_path"] = None
@@ -540,9 +555,18 @@ def _paths(named: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [path for value in values.values() if value for path in ([value] if isinstance(value, str) else value)]
 
 
-def _data_of(models: Sequence[str]) -> set[pathlib.Path]:
-    """Files with external data of models, as far as these can be read."""
-    return {pathlib.Path(model).parent / name for model in models for name in onnx_io.locations(pathlib.Path(model))}
+def _data_of(models: Sequence[str]) -> dict[pathlib.Path, str]:
+    """Files with external data of models, as far as these can be read, and what the models call them."""
+    paths = map(pathlib.Path, models)
+    return {path.parent / name: name for path in paths for name in onnx_io.locations(path)}
+
+
+def _is_part(target: pathlib.Path, folders: Iterable[pathlib.Path], directory: str | None) -> bool:
+    """Whether a file is a sample in a folder of data, or one of those that the artifact in ``directory`` consists of."""
+    if directory and target.parent == pathlib.Path(directory).resolve():
+        return target.name in (MANIFEST, *PARTS)
+    sample = target.is_file() and target.suffix.lower() in SAMPLES
+    return sample and any(target.is_relative_to(folder) for folder in folders if folder.is_dir())
 
 
 def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:
@@ -643,7 +667,7 @@ def _json_path(args: Sequence[str]) -> str | None:
     paths += [value for word, value in zip(args, values, strict=True) if word.startswith("--json=")]
     if not paths:
         return None
-    models = [value for value in values if value.lower().endswith(".onnx")]
+    models = [value for value in values if pathlib.Path(value).is_file()]
     resolved = [pathlib.Path(value).resolve() for value in values if value] + [
         path.resolve() for path in _data_of(models)
     ]

@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import FileError, ModelError
-from onnxprune.protos import BITS, bodies, tensors
+from onnxprune.protos import BITS, bodies
 from onnxprune.slices import Slices, sliced_shape, take
 
 SMALL = 1024
@@ -42,10 +42,8 @@ def belongs_outside(tensor: TensorProto) -> bool:
 
 
 def every_tensor(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """All tensors of a model, those in bodies and in local functions included."""
-    yield from tensors(model.graph)
-    for function in model.functions:
-        yield from tensors(function)
+    """All tensors of a model, those in bodies, local functions, training graphs and parts of sparse ones included."""
+    return (tensor for tensor, _ in _with_places(model))
 
 
 def n_bytes(tensor: TensorProto) -> int:
@@ -112,7 +110,7 @@ def attach(model: onnx.ModelProto, path: pathlib.Path) -> None:
             continue
         try:
             _attach(tensor, path.parent, sizes)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ModelError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ModelError(f"{path}: its external data cannot be read ({tensor.name}: {reason})") from error
         if n_bytes(tensor) < SMALL or not stays:
@@ -127,17 +125,23 @@ def _with_places(model: onnx.ModelProto) -> Iterator[tuple[TensorProto, bool]]:
             for attribute in node.attribute:
                 if attribute.HasField("t"):
                     yield attribute.t, inner and node.op_type == "Constant"
-                yield from ((tensor, False) for tensor in (*attribute.tensors, *_of_sparse([attribute.sparse_tensor])))
+                sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+                others = (*attribute.tensors, *_of_sparse((*sparse, *attribute.sparse_tensors)))
+                yield from ((tensor, False) for tensor in others)
             for body in bodies(node):
-                yield from ((tensor, inner) for tensor in body.initializer)
-                yield from ((tensor, False) for tensor in _of_sparse(body.sparse_initializer))
-                yield from of_nodes(body.node, inner)
+                yield from of_graph(body, inner)
 
-    yield from ((tensor, True) for tensor in model.graph.initializer)
-    yield from ((tensor, False) for tensor in _of_sparse(model.graph.sparse_initializer))
-    yield from of_nodes(model.graph.node, True)
+    def of_graph(graph: onnx.GraphProto, inner: bool) -> Iterator[tuple[TensorProto, bool]]:
+        yield from ((tensor, inner) for tensor in graph.initializer)
+        yield from ((tensor, False) for tensor in _of_sparse(graph.sparse_initializer))
+        yield from of_nodes(graph.node, inner)
+
+    yield from of_graph(model.graph, True)
     for function in model.functions:
         yield from of_nodes(function.node, False)
+    for training in model.training_info:
+        for graph in (training.initialization, training.algorithm):
+            yield from of_graph(graph, False)
 
 
 def _of_sparse(tensors: Iterable[onnx.SparseTensorProto]) -> Iterator[TensorProto]:
@@ -146,10 +150,10 @@ def _of_sparse(tensors: Iterable[onnx.SparseTensorProto]) -> Iterator[TensorProt
 
 
 def _attach(tensor: TensorProto, folder: pathlib.Path, sizes: dict[str, tuple[pathlib.Path, int]]) -> None:
-    facts = {entry.key: entry.value for entry in tensor.external_data}
+    facts = _facts(tensor)
     location = facts.get("location", "")
     if location not in sizes:
-        file = _inside(folder, location)
+        file = inside(folder, location)
         sizes[location] = file, file.stat().st_size
     file, size = sizes[location]
     offset, needed = int(facts.get("offset", 0)), n_bytes(tensor)
@@ -163,17 +167,26 @@ def _attach(tensor: TensorProto, folder: pathlib.Path, sizes: dict[str, tuple[pa
     _point(tensor, {"location": str(file), "offset": str(offset), "length": str(needed), _STAMP: _stamp(file)})
 
 
-def _inside(folder: pathlib.Path, location: str) -> pathlib.Path:
-    """The file that a location names, if it is a plain file within ``folder``."""
+def locations(model: onnx.ModelProto) -> set[str]:
+    """What a model names as its external data."""
+    outside = (tensor for tensor in every_tensor(model) if tensor.data_location == TensorProto.EXTERNAL)
+    return {_facts(tensor).get("location", "") for tensor in outside}
+
+
+def inside(folder: pathlib.Path, location: str) -> pathlib.Path:
+    """The file that a location names, if it is a plain file within ``folder``; :class:`ModelError` where it is none."""
     named = pathlib.PurePosixPath(location.replace("\\", "/"))
     whole = folder.resolve()
-    file = (whole / location).resolve()
+    try:
+        file = (whole / location).resolve(strict=True)
+    except FileNotFoundError as error:
+        raise ModelError(f"{location}: no such file beside the model") from error
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names that are too long or hold a NUL
+        raise ModelError(f"{location!r} is not a file within the folder of the model") from error
     if not location or named.is_absolute() or ".." in named.parts or not file.is_relative_to(whole):
-        raise ValueError(f"{location!r} is not a file within the folder of the model")
-    if not file.exists():
-        raise ValueError(f"{location}: no such file beside the model")
+        raise ModelError(f"{location!r} is not a file within the folder of the model")
     if not file.is_file():
-        raise ValueError(f"{location} is not a plain file")
+        raise ModelError(f"{location} is not a plain file")
     return file
 
 
@@ -218,7 +231,10 @@ def _unchanged(tensor: TensorProto) -> pathlib.Path:
 
 
 def _facts(tensor: TensorProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in tensor.external_data}
+    facts = {entry.key: entry.value for entry in tensor.external_data}
+    if len(facts) < len(tensor.external_data):
+        raise ModelError(f"{tensor.name}: says twice where its data lies")
+    return facts
 
 
 def _point(tensor: TensorProto, facts: dict[str, str]) -> None:

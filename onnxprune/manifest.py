@@ -19,6 +19,8 @@ SCHEMA = 1
 KIND = "onnxprune-artifact"
 FILE = "manifest.json"
 FILES = ("student", "teacher", "plan")
+PARTS = ("student.onnx", "teacher.onnx", "plan.json", "README.md")
+"""What an artifact consists of beside the manifest and data of its models."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -152,7 +152,7 @@ def place(files: Mapping[str, bytes], path: pathlib.Path) -> None:
 def locations(path: pathlib.Path) -> set[str]:
     """What a file names as its external data; nothing where it is no model."""
     try:
-        return external_files(load_graph(path)) if path.is_file() else set()
+        return external.locations(load_graph(path)) if path.is_file() else set()
     except (FileError, ModelError):
         return set()
 
@@ -175,7 +175,7 @@ def _remove(old: Iterable[pathlib.Path], kept: Collection[str]) -> None:
 
 def write(path: str | os.PathLike, data: bytes) -> None:
     """Write bytes to ``path`` through a temporary file and a rename; a link's target, and a device as it is."""
-    path = pathlib.Path(path).resolve()
+    path = pathlib.Path(path)
     if path.exists() and not path.is_file():
         try:
             with path.open("wb") as device:
@@ -183,6 +183,7 @@ def write(path: str | os.PathLike, data: bytes) -> None:
         except OSError as error:
             raise FileError(f"{path}: cannot be written ({error.strerror}); nothing was kept") from error
         return
+    path = path.resolve()
     with _temporary(path) as (file, done):
         file.write(data)
         done(path)
@@ -223,11 +224,13 @@ def copy(source: pathlib.Path, out: pathlib.Path, *, force: bool = False) -> Non
 
     Where data of another model must be overwritten, an older ``out`` goes first: it might read it.
     """
-    pairs, names, old = [], external_files(load_graph(source)), older_data(out)
-    for name in sorted(names):
-        data, twin = source.parent / name, out.parent / name
+    pairs, files, old = [], data_of(source), older_data(out)
+    for name, data in files.items():
+        twin = out.parent / name
         if twin.resolve() == out.resolve():
             raise UsageError(f"{out}: is where the model's external data {name} belongs; choose another name")
+        if not twin.resolve().is_relative_to(out.parent.resolve()):
+            raise UsageError(f"{twin}: the model's external data would be written through a link to another folder")
         if twin.exists() and twin.samefile(data):
             continue
         if twin.exists() and not force:
@@ -241,7 +244,7 @@ def copy(source: pathlib.Path, out: pathlib.Path, *, force: bool = False) -> Non
             shutil.copyfileobj(stream, file, external.CHUNK)
             done(twin.resolve())
     write(out, source.read_bytes())
-    _remove(old, names)
+    _remove(old, files)
 
 
 def copy_apart(source: pathlib.Path, out: pathlib.Path) -> None:
@@ -249,21 +252,18 @@ def copy_apart(source: pathlib.Path, out: pathlib.Path) -> None:
 
     Models of several folders may all keep their data under one name.
     """
-    if external_files(load_graph(source)):
+    if external.locations(load_graph(source)):
         save(load(source), out)
     else:
         copy(source, out, force=True)
 
 
-def external_files(model: onnx.ModelProto) -> set[str]:
-    """Locations of external data, as the model names them, in initializers and attributes alike."""
-    return {
-        entry.value
-        for tensor in external.every_tensor(model)
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+def data_of(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Files of a model's external data by the names that it gives them; :class:`ModelError` where one is not beside it."""
+    try:
+        return {name: external.inside(path.parent, name) for name in sorted(external.locations(load_graph(path)))}
+    except ModelError as error:
+        raise ModelError(f"{path}: its external data cannot be read ({error})") from error
 
 
 def n_params(model: onnx.ModelProto) -> int:

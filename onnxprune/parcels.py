@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnxprune import onnx_io
-from onnxprune.errors import UsageError
+from onnxprune.errors import OnnxPruneError, UsageError
 from onnxprune.files import temporary_folder
 from onnxprune.options import Options
 
@@ -42,8 +41,8 @@ def _external(path: pathlib.Path) -> set[str]:
     if path.suffix.lower() != ".onnx":
         return set()
     try:
-        return onnx_io.external_files(onnx.load(path, load_external_data=False))
-    except Exception:  # not a model: the run says so
+        return set(onnx_io.data_of(path))
+    except OnnxPruneError:  # no model, or one that cannot be read: the run says so
         return set()
 
 

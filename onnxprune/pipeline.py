@@ -658,9 +658,9 @@ def check_place(given: pathlib.Path | None, out: pathlib.Path, *, force: bool) -
 
 def _spare_data(given: pathlib.Path, out: pathlib.Path) -> None:
     """Refuse an output whose writing would take the input's external data away, or that cannot have data beside it."""
-    files = [given.parent / location for location in onnx_io.external_files(onnx_io.load_graph(given))]
+    files = onnx_io.data_of(given)
     for file in (out, *onnx_io.older_data(out)):
-        if any(data.exists() and file.exists() and data.samefile(file) for data in files):
+        if any(file.exists() and data.samefile(file) for data in files.values()):
             raise UsageError(
                 f"{out}: writing it would remove {file}, which holds the input's data; choose another file"
             )

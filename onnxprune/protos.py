@@ -99,18 +99,6 @@ def captures(node: onnx.NodeProto) -> Iterator[str]:
         yield from (name for name in (*read, *(output.name for output in body.output)) if name and name not in own)
 
 
-def tensors(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a graph: initializers, and tensors in attributes, bodies included."""
-    yield from getattr(graph, "initializer", ())
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for body in (attribute.g, *attribute.graphs):
-                yield from tensors(body)
-
-
 def named_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Initializers, and Constant nodes' tensors under their output's name; bodies included."""
     yield from graph.initializer

@@ -21,6 +21,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 import architectures
 import onnxprune
 from commands import ok, run
+from graphs import Tiny
 from onnxprune import external, onnx_io, pipeline, protos, runtime, storage
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -36,7 +37,7 @@ def spread(model: ModelProto, path: Path, n_files: int = 3, smallest: int = 256)
     names = [f"part {number}.bin" for number in range(n_files - 1)] + ["deep/last.bin"]
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "deep").mkdir(exist_ok=True)
-    held = [tensor for tensor in protos.tensors(split.graph) if len(tensor.raw_data) >= smallest]
+    held = [tensor for tensor in external.every_tensor(split) if len(tensor.raw_data) >= smallest]
     for number, tensor in enumerate(held):
         with (path.parent / names[number % n_files]).open("ab") as file:
             file.write(bytes(-file.tell() % 64))
@@ -568,12 +569,15 @@ def pointing(path: Path, **facts: object) -> Path:
         pytest.param("deep", "not a plain file", id="folder"),
         pytest.param("", "not a file within the folder", id="nowhere"),
         pytest.param("gone.bin", "no such file", id="missing"),
+        pytest.param("circle.bin", "not a file within the folder", id="links_in_a_circle"),
+        pytest.param("a" * 300, "not a file within the folder", id="long"),
     ],
 )
 def test_unsafe_location_is_refused(source: Path, tmp_path: Path, location: str, words: str) -> None:
     """What is not a plain file within the model's folder is not read; the error names model and tensor, exit code 3."""
     (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
     (source.parent / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (source.parent / "circle.bin").symlink_to("circle.bin")
     os.mkfifo(source.parent / "pipe")
     pointing(source, location=location.format(root=tmp_path))
     with pytest.raises(onnxprune.ModelError, match=words):
@@ -581,6 +585,70 @@ def test_unsafe_location_is_refused(source: Path, tmp_path: Path, location: str,
     refused = run("inspect", source)
     assert refused.exit_code == 3
     assert "in.onnx: its external data cannot be read" in refused.output
+
+
+@pytest.mark.parametrize("command", ["prune", "artifact"])
+def test_two_locations_of_one_tensor_are_refused(source: Path, tmp_path: Path, command: str) -> None:
+    """Of two locations one might be read, and the other be where a copy of the data is written: outside of OUT's folder."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "profile").write_text("precious")
+    sound = tmp_path / "sound.onnx"
+    ok("prune", MODEL, sound, "--target-mac", 0.6, "--no-latency", "--plan-out", tmp_path / "plan.json")
+    model = onnx.load(source, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL)
+    facts = [(entry.key, entry.value) for entry in tensor.external_data]
+    del tensor.external_data[:]
+    for key, value in [("location", "../profile"), *facts]:
+        tensor.external_data.add(key=key, value=value)
+    source.write_bytes(model.SerializeToString())
+    words = {
+        "prune": (source, tmp_path / "out" / "out.onnx", "--target-mac", "1.0", "--no-latency", "--force"),
+        "artifact": (source, sound, tmp_path / "out" / "artifact", "--plan", tmp_path / "plan.json"),
+    }[command]
+    refused = run(command, *words)
+    assert refused.exit_code == 3
+    assert "says twice where its data lies" in refused.output
+    assert (tmp_path / "profile").read_text() == "precious"
+
+
+def test_copy_is_not_written_through_a_link(source: Path, tmp_path: Path) -> None:
+    """A folder of the data that is a link to elsewhere, where OUT is to lie, takes no copy."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "deep").symlink_to(tmp_path / "elsewhere")
+    refused = run(source, tmp_path / "out" / "out.onnx", "--target-mac", "1.0", "--no-latency")
+    assert refused.exit_code == 2
+    assert "through a link" in refused.output
+    assert [*(tmp_path / "elsewhere").iterdir()] == []
+
+
+def test_copy_takes_data_of_sparse_tensors(tmp_path: Path) -> None:
+    """The numbers of a sparse initializer that lie outside go along with a copy."""
+    t = Tiny()
+    y = t.linear(t.linear(t.input(4, 6), "a", 6, 8), "z", 8, 3)
+    model = t.build(t.node("Add", y, t.random(4, 3, name="sparse")))
+    del model.graph.initializer[-1]
+    values, indices = numpy_helper.from_array(np.ones(8, np.float32), "sparse"), numpy_helper.from_array(np.arange(8))
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, (4, 3)))
+    values = model.graph.sparse_initializer[0].values
+    (tmp_path / "values.bin").write_bytes(values.raw_data)
+    values.ClearField("raw_data")
+    values.data_location = TensorProto.EXTERNAL
+    values.external_data.add(key="location", value="values.bin")
+    (tmp_path / "in.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "out").mkdir()
+    ok(tmp_path / "in.onnx", tmp_path / "out" / "out.onnx", "--target-mac", "1.0", "--no-latency")
+    assert (tmp_path / "out" / "values.bin").read_bytes() == (tmp_path / "values.bin").read_bytes()
+
+
+def test_no_report_goes_over_the_data_that_a_copy_takes_along(source: Path, tmp_path: Path) -> None:
+    """Beside OUT the data has the names that it has beside IN."""
+    (tmp_path / "out").mkdir()
+    report = tmp_path / "out" / "part 0.bin"
+    refused = run(source, tmp_path / "out" / "out.onnx", "--target-mac", "1.0", "--no-latency", "--json", report)
+    assert refused.exit_code == 2
+    assert "is where the input's data belongs" in refused.output
+    assert [*(tmp_path / "out").iterdir()] == []
 
 
 def test_link_within_the_folder_is_followed(source: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import hostile
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -250,6 +252,38 @@ def test_giant_picture_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "c" / "a.pgm").write_bytes(b"P5 100000 100000 255\n" + bytes(64))
     message = refused(7, model, tmp_path / "o.onnx", *QUICK, "--calib", tmp_path / "c")
     assert "exceeds limit" in message or "cannot be read" in message
+
+
+def test_picture_is_of_a_format_that_starts_no_program(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostScript is no picture here, whatever it is called: Pillow would give it to Ghostscript."""
+    plugin = pytest.importorskip("PIL.EpsImagePlugin")
+    monkeypatch.setattr(plugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    )
+    assert "cannot be read" in refused(7, model, tmp_path / "o.onnx", *QUICK, "--calib", tmp_path / "c")
+
+
+@pytest.mark.parametrize("words", [("report",), ("sweep", "--resume", "--json")], ids=lambda words: words[0])
+def test_metric_in_a_table_is_not_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """A table of results names its metric, which may be ``module:function``; drawing it imports nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('it runs')")
+    table, own = tmp_path / "t.json", ("--metric", "cosine", "--plot", tmp_path / "p.svg", "--target-mac", "0.75")
+    np.savez(tmp_path / "c.npz", x=np.random.default_rng(0).standard_normal((4, 2, 4, 6)).astype(np.float32))
+    ok("sweep", model, *own, "--data", tmp_path / "c.npz", "--json", table)
+    table.write_text(table.read_text().replace('"cosine"', '"evil:score"'))
+    if words[0] == "report":
+        ok("report", table, "-o", tmp_path / "page.html")
+        assert "evil:score" in (tmp_path / "page.html").read_text()
+    else:
+        run("sweep", model, *own, "--data", tmp_path / "c.npz", "--resume", "--json", table)
+    assert "evil" not in sys.modules
 
 
 DEEP, LONG = "[" * 100_000, "1" * 10_000

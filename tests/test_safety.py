@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,51 @@ def test_failing_parse_does_not_write_the_report_over_the_model(model: Path, out
     before = model.read_bytes()
     assert run(model, out, "--json", model, "--target-mac", "nonsense").exit_code == 2
     assert model.read_bytes() == before
+
+
+def test_failing_parse_does_not_write_the_report_over_data(tmp_path: Path) -> None:
+    """The same holds for the data of a model, whatever the model is called."""
+    model = stored_outside(tmp_path, in_nodes=False).rename(tmp_path / "model")
+    before = (tmp_path / "weights.bin").read_bytes()
+    assert run("prune", model, tmp_path / "out.onnx", "--json", tmp_path / "weights.bin", "--nonsense").exit_code == 2
+    assert (tmp_path / "weights.bin").read_bytes() == before
+
+
+def test_no_report_goes_over_a_sample(model: Path, out: Path, tmp_path: Path) -> None:
+    """A file of a folder of data is part of what is read; other files of that folder are not."""
+    (tmp_path / "data").mkdir()
+    sample = tmp_path / "data" / "0.npy"
+    np.save(sample, np.zeros((2, 4, 6), np.float32))
+    before = sample.read_bytes()
+    assert "part of a folder" in refused(2, model, out, *QUICK, "--calib", tmp_path / "data", "--json", sample)
+    assert sample.read_bytes() == before
+    (tmp_path / "data" / "old.json").write_text("{}")
+    ok(model, out, *QUICK, "--calib", tmp_path / "data", "--json", tmp_path / "data" / "old.json")
+
+
+@pytest.mark.parametrize("name", ["student.onnx", "manifest.json"])
+def test_no_report_goes_over_a_part_of_an_artifact(model: Path, plan: Path, tmp_path: Path, name: str) -> None:
+    """What an artifact consists of is written by making it alone."""
+    folder = tmp_path / "artifact"
+    words = ("artifact", model, tmp_path / "pruned.onnx", folder, "--plan", plan)
+    ok(*words)
+    before = (folder / name).read_bytes()
+    assert "part of a folder" in refused(2, *words, "--force", "--json", folder / name)
+    assert (folder / name).read_bytes() == before
+
+
+def test_reports_go_into_pipes_and_devices(model: Path, tmp_path: Path) -> None:
+    """A pipe, a full device and an endless one are written to, or not; nothing waits for what it could read there."""
+    for code, target, name in ((0, "0.75", "/dev/stdout"), (4, "0.0001", "/dev/stdout"), (4, "0.0001", "/dev/zero"),
+                               (7, "0.75", "/dev/full")):  # fmt: skip
+        out = tmp_path / f"{code}{name.replace('/', '-')}.onnx"
+        words = (model, out, "--target-mac", target, "--no-latency", "--json", name, "-q")
+        done = subprocess.run(
+            [sys.executable, "-m", "onnxprune", *map(str, words)], capture_output=True, timeout=120, check=False
+        )
+        assert done.returncode == code, done.stderr
+        if name == "/dev/stdout":
+            assert json.loads(done.stdout)["schema"] == 1
 
 
 def test_link_as_output_writes_its_target(model: Path, tmp_path: Path) -> None:

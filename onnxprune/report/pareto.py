@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from onnxprune.errors import UsageError
-from onnxprune.metrics import find
 from onnxprune.report.rows import Row
 
 FORMATS = ("svg", "png", "pdf")
@@ -110,9 +109,15 @@ def plot(axes: Any, shown: Sequence[Row], grey: str = "0.5", hollow: str = "whit
         before = next(row.quality[0].before for row in shown if row.model == model)
         axes.axhline(before, color=colour if len(colours) > 1 else grey, linewidth=0.8, linestyle="--")
     axes.set_xlabel("MAC kept, % of the original")
-    axes.set_ylabel(f"{metric} ({'higher' if find(metric).higher_is_better else 'lower'} is better)")
+    axes.set_ylabel(metric + _better(shown))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, title="filled: Pareto-optimal", alignment="left")
+
+
+def _better(shown: Sequence[Row]) -> str:
+    """Which way a metric points, by the rows alone: the name in a table may be one of code that nobody wants to run."""
+    signs = [(row.quality[0].before - row.quality[0].after) * row.quality[0].drop for row in shown]
+    return " (higher is better)" if max(signs) > 0 else " (lower is better)" if min(signs) < 0 else ""
 
 
 def _without_date(kind: str) -> dict[str, None]:

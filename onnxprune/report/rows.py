@@ -252,7 +252,7 @@ def read(path: pathlib.Path) -> list[Row]:
 def with_error(path: str | None, code: int, message: str) -> dict[str, Any] | None:
     """Return the JSON table that a file holds with an error added, so that finished rows outlive it; None without one."""
     try:
-        if not path or path == "-":
+        if not path or path == "-" or not pathlib.Path(path).is_file():
             return None
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError):

@@ -18,6 +18,7 @@ from torch import Tensor
 from onnxprune import data, onnx_io, pipeline, runtime
 from onnxprune.errors import FileError, ModelError, UsageError
 from onnxprune.manifest import Artifact, read_artifact
+from onnxprune.metrics import METRICS
 from onnxprune.metrics import find as find_metric
 from onnxprune.options import Options
 from onnxprune.passes import validate
@@ -95,6 +96,10 @@ def finetune(
     if not artifact.trainable:
         raise UsageError(f"{directory}: has no weights to train; its manifest says why each constant stays")
     pipeline.check_output(artifact.student, out, force=force)
+    if metric is None and artifact.metric not in (None, *METRICS):
+        raise UsageError(
+            f"{directory}: names the metric {artifact.metric}, which is other code; --metric allows to run it"
+        )
     metric = metric or artifact.metric
     if validation is not None and metric is None:
         raise UsageError("validation data needs a metric; give --metric, for example psnr or top1")

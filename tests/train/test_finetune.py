@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,16 @@ def test_the_best_epoch_is_kept(pruned: pathlib.Path, tmp_path: pathlib.Path) ->
     assert done is not None
     assert done.metric == max([done.before, *(epoch.metric for epoch in done.history)])
     assert onnxprune.evaluate(out, EVAL, "top1").value == pytest.approx(done.metric)
+
+
+def test_metric_of_an_artifact_is_not_run_unasked(pruned: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A manifest may name ``module:function``, which whoever made the artifact wrote; the command line must name it, too."""
+    folder = tmp_path / "artifact"
+    shutil.copytree(pruned, folder)
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"metric": null', '"metric": "evil:score"'))
+    with pytest.raises(UsageError, match="names the metric evil:score, which is other code"):
+        finetune(folder, CALIB, tmp_path / "out.onnx", Recipe(epochs=1))
 
 
 def test_metrics_are_written_per_epoch(pruned: pathlib.Path, tmp_path: pathlib.Path) -> None:
