@@ -14,8 +14,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.coupling import Coupling
-from onnxprune.labels import Axis, length
+from onnxprune.labels import Axis, Contraction, length
 from onnxprune.model import Model, Node, Shape
+from onnxprune.ops.quantised import OPERANDS
 from onnxprune.passes.closeness import FLOAT8, INTEGERS, NARROW, ROUNDED
 from onnxprune.protos import BITS, is_float, reads
 
@@ -207,13 +208,28 @@ def masked_nodes(
                 constants[f"{name}/keep"] = constants[f"{name}/keep"].astype(dtype)
                 out.append(helper.make_node("Mul", [f"{name}/keep", source], [name]))
             else:
-                zero = f"{name}/zero" if c.zero is None else proto.input[c.zero]
-                if c.zero is None:
-                    constants[zero] = np.zeros((), dtype)
-                out.append(helper.make_node("Where", [f"{name}/keep", source, zero], [name]))
+                out += _zero(coupling, proto, c, f"{name}/zero", np.zeros((), dtype), constants)
+                out.append(helper.make_node("Where", [f"{name}/keep", source, f"{name}/zero"], [name]))
             copy.input[c.input] = name
         out.append(copy)
     return out, constants
+
+
+def _zero(
+    coupling: Coupling, proto: onnx.NodeProto, c: Contraction, name: str, plain: np.ndarray,
+    constants: dict[str, np.ndarray],
+) -> list[onnx.NodeProto]:  # fmt: skip
+    """Nodes that make what stands for zero on an input; a zero point for each channel lies along its own axis."""
+    if c.zero is None:
+        constants[name] = plain
+        return []
+    points = coupling.model.shapes[c.node.inputs[c.zero]]
+    if len(points) != 1 or points[0] == 1:
+        return [helper.make_node("Identity", [proto.input[c.zero]], [name])]
+    rank = len(coupling.model.shapes[c.node.inputs[c.input]])
+    axis = next(axis for weight, _, zero, axis in OPERANDS[c.node.op] if (weight, zero) == (c.input, c.zero)) % rank
+    constants[f"{name}/shape"] = np.array([-1 if a == axis else 1 for a in range(rank)], np.int64)
+    return [helper.make_node("Reshape", [proto.input[c.zero], f"{name}/shape"], [name])]
 
 
 def _shrinks(coupling: Coupling, keep: np.ndarray, node: Node, index: int) -> bool:

@@ -39,8 +39,6 @@ def integer_convolution(node: Node, ledger: Ledger) -> None:
     """Convolution of integers; onnxruntime's own may have its channels last."""
     operands, vectors = _CONVOLUTIONS[node.op]
     channel = len(ledger.shape(node.inputs[0])) - 1 if node.attributes.get("channels_last", 0) else 1
-    if not ledger.is_weight(node.inputs[operands.b]) and _several(node, ledger, operands.zero_b):
-        raise Refusal("a computed weight with zero points for each channel")
     convolve(node, ledger, channel, operands)
     _per_output(node, ledger, channel, *vectors)
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from integers import MICROSOFT, Integers, assert_integers_prune, floats, maps, rows
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxprune
 import oracle
@@ -566,3 +566,28 @@ def test_zero_points_of_an_integer_convolution_belong_to_its_outputs() -> None:
     values = dict(oracle.constants_of(model))
     expected = values["w"].astype(np.float32) - values["z"].astype(np.float32)[:, None, None, None]
     assert np.array_equal(quantised(oracle.couple_proto(model).model)["w"].load(), expected)
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["constant", "run-time"])
+def test_computed_weight_with_zero_points_for_each_channel(read: bool) -> None:
+    """Where a weight is computed, its channels end at their own zero points; the proof masks them along the right axis."""
+    model = convolution()
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "c.w")
+    weight.name = "c.w.stored"
+    model.graph.node.insert(0, helper.make_node("Cast", ["c.w.stored"], ["c.w"], to=weight.data_type))
+    if read:  # a sum with nothing that depends on the input
+        nothing = [
+            helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+            helper.make_node("Mul", ["most", "none"], ["nothing"]),
+            helper.make_node("Cast", ["nothing"], ["nothing.q"], to=TensorProto.INT32),
+            helper.make_node("Cast", ["c.w.stored"], ["c.w.wide"], to=TensorProto.INT32),
+            helper.make_node("Add", ["c.w.wide", "nothing.q"], ["c.w.sum"]),
+            helper.make_node("Cast", ["c.w.sum"], ["c.w"], to=weight.data_type),
+        ]
+        del model.graph.node[0]
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(0), "none"))
+        for node in reversed(nothing):
+            model.graph.node.insert(0, node)
+    assert any(tensor.name == "c.w.z" and len(tensor.dims) == 1 for tensor in model.graph.initializer)
+    result = oracle.assert_pruned(model)
+    assert "c.w.stored" in result.plan.initializers
