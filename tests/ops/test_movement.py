@@ -217,7 +217,7 @@ CASES = [
     Case("Squeeze", "axes", partial(squeeze, 17, [2, 3]), FEATURES, (6,)),
     Case("Squeeze", "negative-axes", partial(squeeze, 17, [-1, -2]), FEATURES, (6,)),
     Case("Squeeze", "attribute", partial(squeeze, 11, [2, 3]), FEATURES, (6,)),
-    Case("Squeeze", "no-axes", partial(squeeze, 17, None), FEATURES, (6,)),
+    *(Case("Squeeze", f"no-axes-{opset}", partial(squeeze, opset, None), FEATURES, (6,)) for opset in (12, 13, 17)),
     Case("Unsqueeze", "axes", partial(unsqueeze, 17, [2, 3]), {"a.w/1": range(6), "a.b/0": range(6), "z.w/1": range(6)},
          (6,)),
     Case("Unsqueeze", "attribute", partial(unsqueeze, 11, [2, 3]),

@@ -83,7 +83,9 @@ def layer_norm_pixels() -> ModelProto:
     """Normalise over the columns of every map: channels only pass."""
 
     def middle(t: Tiny, y: str) -> str:
-        return t.node("LayerNormalization", y, t.random(6, name="op.scale", offset=1.0), name="op", axis=-1)
+        return t.node(
+            "LayerNormalization", y, t.random(6, name="op.scale", offset=1.0), name="op"
+        )  # by default the last
 
     return sandwich(middle)
 

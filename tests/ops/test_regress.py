@@ -226,6 +226,13 @@ def test_columns_name_the_channel_that_every_regressor_weighs(case: Case) -> Non
         assert np.array_equal(gone, columns == (classes[block, index] if grouped else classes[index]))
 
 
+def test_groups_may_read_the_same_classes() -> None:
+    """Where groups share the classes of their inputs, these are given once, and stand in every block."""
+    view = ready(conv("2d-groups", (2, 6, 5, 6), (4, 3, 3, 2), group=2)).view
+    classes = np.array([7, 8, 9])
+    assert np.array_equal(view.columns(classes), view.columns(np.stack([classes, classes])))
+
+
 @pytest.mark.parametrize("case", REGRESSIONS, ids=str)
 def test_regressors_of_a_class_see_that_channel_of_the_data(case: Case) -> None:
     """Changing one channel of the data changes regressors of its class and no other."""

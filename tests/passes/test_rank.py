@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from onnxprune import pipeline
 from onnxprune.options import Clock, Options
-from onnxprune.passes.allocate import allocate
+from onnxprune.passes.allocate import _steps, allocate
 from onnxprune.passes.calibrate import calibrate
 from onnxprune.passes.rank import RIDGE, by_activation, rank
 from onnxprune.passes.score import score
@@ -117,3 +117,9 @@ def test_light_criteria_follow_the_activations(case, weighted):
     squares = np.diag(consumer.gram[0])[:-1] * (np.square(consumer.matrix[0]).sum(1) if weighted else 1)
     expected = np.sqrt(squares) / np.sqrt(squares).mean()
     assert scores.value[consumer.columns[0]] == pytest.approx(expected)
+
+
+def test_few_units_are_offered_one_by_one(case) -> None:
+    """Allocation may stop after any unit of a bundle that has few."""
+    _, _, _, rankings = case
+    assert [_steps(ranking) for ranking in rankings] == [[*range(ranking.bundle.removable + 1)] for ranking in rankings]

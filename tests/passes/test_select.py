@@ -201,7 +201,11 @@ def test_blocks_of_unequal_width_go_by_their_mean() -> None:
     values = np.zeros(own.coupling.n_classes)
     values[wide.classes], values[narrow.classes] = 1.0, 1.2
     scores = replace(own.scores, value=values, order=values)
-    (_, first), (_, then), *_ = prices(own.coupling, own.cost, scores, PRESETS["a"], Limits(align=4))
+    (all_of_it, first), (_, then), *_, (least, _) = prices(
+        own.coupling, own.cost, scores, PRESETS["a"], Limits(align=4)
+    )
+    floor = lowest(own.coupling, own.cost, PRESETS["a"], Limits(align=4))["mac"]
+    assert (all_of_it, least) == (1, pytest.approx(floor / own.full("mac")))
     assert (first, then) == (0, pytest.approx(4 / (12 + 1.2 * 10)))
 
 
