@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 import shlex
 import sys
 import traceback
@@ -41,6 +40,7 @@ from onnxprune.report.rows import with_error
 from onnxprune.search import Guard, prune_to_quality
 
 PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
+LONGEST_MESSAGE = 1000
 METRIC_NAMES = f"{', '.join(METRICS)}, or your own module:function"
 
 
@@ -67,7 +67,7 @@ class DefaultPrune(click.Group):
             code = super().main(given, prog_name or "onnxprune", standalone_mode=False, obj=line)
         except (click.ClickException, OnnxPruneError) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            _fail(error, {"json_path": _json_path(given), "verbose": False}, " ".join(message.split()))
+            _fail(error, {"json_path": _json_path(given), "verbose": False}, message)
         except click.exceptions.Abort as error:
             _fail(error, {"json_path": _json_path(given), "verbose": False}, "interrupted", code=130)
         sys.exit(code if isinstance(code, int) else 0)
@@ -297,8 +297,8 @@ def prune(model: str, out: str, **given: Any) -> None:
                 )  # fmt: skip
             else:
                 limits = Guard(given["data"], given["metric"], given["max_drop"], given["min_quality"], reading)
-                say = silent_line if given["quiet"] else partial(click.echo, err=True)
-                result = prune_to_quality(model, limits, options, progress, say)
+                tell = silent_line if given["quiet"] else partial(say, err=True)
+                result = prune_to_quality(model, limits, options, progress, tell)
                 measured = result.report.quality
         failed = quality.guard(measured, given["max_drop"], given["min_quality"])
         if failed and not given["keep_going"]:
@@ -407,7 +407,7 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
     \b
     Example:  onnxprune evaluate model.onnx --data eval.npz --metric psnr
     """
-    with _run(given) as (console, options):
+    with _run(given) as (_, options):
         notes: list[str] = []
         with _progress(given) as progress:
             found = quality.evaluate(
@@ -423,9 +423,9 @@ def evaluate(model: str, data: str, metric: str, **given: Any) -> None:
         }
         _write_json(given["json_path"], content)
         if not given["quiet"] and given["json_path"] != "-":
-            console.print(f"{found.metric} {found.value:.6g} over {found.samples} samples", highlight=False)
-            for text_ in notes:
-                console.print(f"note {text_}", highlight=False, markup=False)
+            say(f"{found.metric} {found.value:.6g} over {found.samples} samples")
+            for note in notes:
+                say(f"note {note}")
 
 
 @contextmanager
@@ -457,10 +457,12 @@ def _run(given: dict[str, Any]) -> Iterator[tuple[Console, Options]]:
         what = f" ({error})" if str(error) else ""
         _fail(error, given, f"out of memory{what}; give a smaller --input-shape or less data, or more memory", code=3)
     except Exception as error:
-        detail = (
-            f"internal error: {type(error).__name__}: {error}\nThis is a bug; please report it with the output of -v."
+        _fail(
+            error,
+            given,
+            f"internal error: {type(error).__name__}: {error}",
+            advice=["This is a bug; please report it with the output of -v."],
         )
-        _fail(error, given, detail)
 
 
 MODELS = ("model", "models", "original", "pruned", "a", "b", "reference")
@@ -573,21 +575,32 @@ def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:
     return a.is_file() and b.is_file() and a.samefile(b)
 
 
-def _printable(text_: str) -> str:
-    """Text without what would command a terminal, as names in a model may; colours stay."""
-    return re.sub(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]", "?", text_)
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines that hold names from files: nothing in them commands a terminal, or begins a line of its own."""
+    click.echo("\n".join(map(text.clean, lines)), err=err)
 
 
-def _fail(error: BaseException, given: Mapping[str, Any], message: str, code: int | None = None) -> NoReturn:
+def _one_line(message: str) -> str:
+    """A message as one line; of a long one, which quotes what is in a file, the middle is left out."""
+    line = " ".join(message.split())
+    if len(line) <= LONGEST_MESSAGE:
+        return line
+    return f"{line[: 2 * LONGEST_MESSAGE // 3]} ... {line[-LONGEST_MESSAGE // 3 :]}"
+
+
+def _fail(
+    error: BaseException, given: Mapping[str, Any], message: str, code: int | None = None, advice: Sequence[str] = ()
+) -> NoReturn:
     code = getattr(error, "exit_code", 1) if code is None else code
     if given["verbose"]:
-        traceback.print_exception(error, file=sys.stderr)
-    click.echo(_printable(f"onnxprune: {message}"), err=True)
+        say(*"".join(traceback.format_exception(error)).splitlines(), err=True)
+    message = _one_line(message)
+    say(f"onnxprune: {message}", *advice, err=True)
     try:
         kept = with_error(given["json_path"], code, message)
         _write_json(given["json_path"], kept or report.error_json(code, message))
     except OnnxPruneError as second:
-        click.echo(f"onnxprune: {second}", err=True)
+        say(f"onnxprune: {_one_line(str(second))}", err=True)
     sys.exit(code)
 
 
@@ -630,14 +643,15 @@ def _finish(console: Console, done: Report, given: Mapping[str, Any], show: Call
     _write_html(given["html_path"], content)  # first: what fails here is told in the JSON
     _write_json(given["json_path"], content)
     if not given["quiet"]:
-        _print(console, show, done, given)
+        _print(console, partial(show, verbose=given["verbose"]), done)
 
 
-def _print(console: Console, show: Callable[..., None], what: Any, given: Mapping[str, Any]) -> None:
+def _print(console: Console, show: Callable[[Console, Any], None], what: Any) -> None:
+    """Print what a function shows on a console, in its colours."""
     with console.capture() as shown:
-        show(console, what, verbose=given["verbose"])
+        show(console, what)
     lines = (line.rstrip() for line in shown.get().splitlines())
-    click.echo(_printable("\n".join(lines)), err=console.stderr, color=console.is_terminal or None)
+    click.echo("\n".join(lines), err=console.stderr, color=console.is_terminal or None)
 
 
 def _write_json(path: str | None, content: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ def artifact(original: str, pruned: str, directory: str, **given: Any) -> None:
     \b
     Example:  onnxprune artifact original.onnx pruned.onnx training/ --plan plan.json
     """
-    with cli._run(given) as (console, options):
+    with cli._run(given) as (_, options):
         with cli._progress(given) as progress:
             made = export_artifact(
                 original, pruned, directory, given["plan"], loss=given["loss"], metric=given["metric"],
@@ -37,7 +37,7 @@ def artifact(original: str, pruned: str, directory: str, **given: Any) -> None:
         cli._write_json(given["json_path"], dict(made.manifest))
         if not given["quiet"] and given["json_path"] != "-":
             for line in _summary(made):
-                console.print(line, highlight=False, markup=False)
+                cli.say(line)
 
 
 def _summary(made: Artifact) -> list[str]:

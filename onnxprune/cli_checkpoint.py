@@ -46,7 +46,7 @@ def _show(done: CheckpointSummary, plan: str, source: str, out: str, given: dict
     if given["verbose"]:
         lines += [f"         {name}" for name in done.copied]
     lines += [*(f"note     {note}" for note in done.notes), f"written  {out}"]
-    click.echo("\n".join(lines), err=given["json_path"] == "-")
+    cli.say(*lines, err=given["json_path"] == "-")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -94,7 +94,7 @@ def finetune(directory: str, out: str, **given: Any) -> None:
     \b
     Example:  onnxprune finetune artifact/ out.onnx --data train.npz --val eval.npz --metric psnr
     """
-    with cli._run(given) as (console, options):
+    with cli._run(given) as (_, options):
         recipe = _recipe(given)
         from onnxprune.train import finetune as train  # noqa: PLC0415 (needs torch)
 
@@ -109,7 +109,7 @@ def finetune(directory: str, out: str, **given: Any) -> None:
         cli._write_json(given["json_path"], _report(directory, out, done))
         if not given["quiet"] and given["json_path"] != "-":
             for line in _summary(out, done):
-                console.print(line, highlight=False, markup=False)
+                cli.say(line)
 
 
 def _report(directory: str, out: str, done: Trained) -> dict[str, Any]:
@@ -162,4 +162,4 @@ def _moments(given: Mapping[str, Any]) -> Iterator[Callable[[Moment], None]]:
 def _lines(now: Moment) -> None:
     if now.step * now.epochs % now.steps == 0:
         metric = "" if now.metric is None else f", best so far {now.metric:.6g}"
-        click.echo(f"epoch {now.epoch}/{now.epochs}: loss {now.loss:.5g}{metric}", err=True)
+        cli.say(f"epoch {now.epoch}/{now.epochs}: loss {now.loss:.5g}{metric}", err=True)

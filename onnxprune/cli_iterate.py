@@ -90,7 +90,7 @@ def iterate(model: str, out: str, **given: Any) -> None:
             done = run_loop(
                 model, out, _trainer(given, moment), validation, metric, options, pace, reading=cli._reading(given),
                 folder=given["state"], force=given["force"], restart=given["restart"],
-                say=(lambda line: None) if given["quiet"] else (lambda line: click.echo(line, err=True)),
+                say=(lambda line: None) if given["quiet"] else (lambda line: cli.say(line, err=True)),
                 progress=progress,
             )  # fmt: skip
         given["written"] = out
@@ -156,7 +156,7 @@ def _tell(console: Any, done: Iterated, given: dict[str, Any], notes: list[str])
     if given["quiet"] or given["json_path"] == "-":
         return
     for line in (*_table(done), *(f"note     {note}" for note in notes), f"written  {given['written']}"):
-        click.echo(line)
+        cli.say(line)
 
 
 def _table(done: Iterated) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from functools import partial
 from typing import Any
 
 import click
@@ -45,7 +46,7 @@ def report(source: str, **given: Any) -> None:
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from error
         if not given["quiet"]:
-            click.echo(f"written  {target}")
+            cli.say(f"written  {target}")
 
 
 @cli.commands.command()  # type: ignore[has-type]
@@ -62,4 +63,4 @@ def diff(a: str, b: str, **given: Any) -> None:
         found = difference(a, b, options)
         cli._write_json(given["json_path"], found.to_json())
         if not given["quiet"]:
-            cli._print(console, text.difference, found, given)
+            cli._print(console, partial(text.difference, verbose=given["verbose"]), found)

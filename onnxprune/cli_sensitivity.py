@@ -55,10 +55,7 @@ def sensitivity(model: str, **given: Any) -> None:
             )  # fmt: skip
         writer.write(table)
         if not given["quiet"] and "-" not in (given["json_path"], given["csv_path"]):
-            with console.capture() as shown:
-                text.sensitivity(console, table)
-            lines = (line.rstrip() for line in shown.get().splitlines())
-            click.echo("\n".join(lines), color=console.is_terminal or None)
+            cli._print(console, text.sensitivity, table)
 
 
 def _prepare(given: dict[str, Any]) -> SensitivityTable | None:
@@ -92,13 +89,13 @@ class _Writer:
         self.write(table, final=False)
         if self._given["verbose"]:
             figure = row.note or f"{row.figure:.4g}"
-            click.echo(f"{row.group} {100 * row.share:g} %: {figure}", err=True)
+            cli.say(f"{row.group} {100 * row.share:g} %: {figure}", err=True)
 
     def write(self, table: SensitivityTable, *, final: bool = True) -> None:
         """Write the tables; to stdout only in the end."""
         csv_path, json_path = self._given["csv_path"], self._given["json_path"]
         if csv_path == "-" and final:
-            click.echo(table.to_csv(), nl=False)
+            cli.say(*table.to_csv().splitlines())
         elif csv_path and csv_path != "-":
             onnx_io.write(csv_path, table.to_csv().encode())
         if json_path and (final or json_path != "-"):

@@ -95,11 +95,11 @@ def sweep(models: tuple[str, ...], **given: Any) -> None:
         if given["plot"] and not error:
             onnx_io.write(given["plot"], pareto.draw(found, pathlib.Path(given["plot"]).suffix[1:]))
         if not given["quiet"] and "-" not in tables:
-            text.sweep(console, found)
+            cli._print(console, text.sweep, found)
         if error:
             cli._fail(UsageError(error[1]), single | {"json_path": None}, error[1], code=error[0])
         if failed and not given["quiet"]:
-            click.echo(f"{len(failed)} of {len(found)} runs failed", err=True)
+            cli.say(f"{len(failed)} of {len(found)} runs failed", err=True)
 
 
 def _prepare(given: dict[str, Any], single: dict[str, Any]) -> list[Row]:
@@ -145,7 +145,7 @@ class _Writer:
     def say(self, line: str) -> None:
         """Print a line to stderr."""
         if not self._given["quiet"]:
-            click.echo(line, err=True)
+            cli.say(cli._one_line(line), err=True)
 
     def content(self, table: list[Row], error: tuple[int, str] | None = None) -> dict[str, Any]:
         """Return what the JSON table holds: the rows, and what made them."""
@@ -156,7 +156,7 @@ class _Writer:
         """Write the tables, each whole; to stdout only in the end."""
         csv_path, json_path = self._given["csv_path"], self._given["json_path"]
         if csv_path == "-" and final:
-            click.echo(rows.to_csv(table), nl=False)
+            cli.say(*rows.to_csv(table).splitlines())
         elif csv_path and csv_path != "-":
             onnx_io.write(csv_path, rows.to_csv(table).encode())
         if json_path and (final or json_path != "-"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from onnxprune.passes.compensate import Compensation
 from onnxprune.report import FrozenRow, GroupRow, Layer, Report
@@ -32,6 +33,15 @@ NAMES = {
 MORE_NAMES = {"effective_mac": "effective MAC", "peak_memory": "peak memory"}
 
 
+_COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys instead of showing it (controls, escapes, marks that turn text around), and what is no text."""
+
+
+def clean(line: str) -> str:
+    """Make text of a file, such as a name, one line that commands no terminal."""
+    return _COMMANDS.sub("?", re.sub(r"[\t\n\r]+", " ", line))
+
+
 def amount(kind: str, value: float) -> str:
     """Write a cost with its unit."""
     return number(value) + ("B" if value >= 1e3 else " B") if kind == "peak_memory" else number(value)
@@ -48,7 +58,7 @@ def number(value: float) -> str:
 def summary(console: Console, report: Report, *, verbose: bool = False, verb: str = "written") -> None:
     """Show what a run did: costs before and after, proof, quality, latency, and where the result is."""
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report.input_shapes.items())
-    console.print(f"input    {shapes}", highlight=False)
+    _print(console, f"input    {shapes}")
     table = _table(console, "", "before", "after", "kept")
     for kind, name in (NAMES | {k: n for k, n in MORE_NAMES.items() if k in report.before}).items():
         before, after = report.before[kind], report.after[kind]
@@ -58,7 +68,7 @@ def summary(console: Console, report: Report, *, verbose: bool = False, verb: st
         table.add_row("latency", f"{before_ms:.2f} ms", f"{after_ms:.2f} ms", share(after_ms, before_ms))
     if report.quality:
         before_q, after_q = report.quality
-        table.add_row(before_q.metric, f"{before_q.value:.4g}", f"{after_q.value:.4g}", "")
+        _add(table, before_q.metric, f"{before_q.value:.4g}", f"{after_q.value:.4g}", "")
     console.print(table)
     layers(console, report.layers, limit=None if verbose else 12)
     if verbose:
@@ -68,13 +78,13 @@ def summary(console: Console, report: Report, *, verbose: bool = False, verb: st
     for line in _facts(report):
         _line(console, line)
     if report.output.get("path"):
-        console.print(f"{verb:9}{report.output['path']}", highlight=False, markup=False, soft_wrap=True)
+        _print(console, f"{verb:9}{report.output['path']}", soft_wrap=True)
 
 
 def inspection(console: Console, report: Report, *, verbose: bool = False) -> None:
     """Show what a model is made of: cost per layer, groups, what is frozen and why, the reachable floor."""
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report.input_shapes.items())
-    console.print(f"input    {shapes}", highlight=False)
+    _print(console, f"input    {shapes}")
     table = _table(console, "", "cost", "floor")
     for kind, name in (NAMES | MORE_NAMES).items():
         if kind in report.before:
@@ -91,7 +101,7 @@ def inspection(console: Console, report: Report, *, verbose: bool = False) -> No
 def tree(console: Console, report: Report, *, verbose: bool = False) -> None:
     """Show the model as the tree of its modules, and what each costs."""
     for line in lines(report.layers, report.before["mac"], console.width, number):
-        console.print(line, highlight=False, markup=False, no_wrap=True, crop=False, soft_wrap=True)
+        _print(console, line, soft_wrap=True)
     for note in report.notes if verbose else ():
         _line(console, f"note     {note}")
 
@@ -111,13 +121,15 @@ def difference(console: Console, found: Difference, *, verbose: bool = False) ->
         _add(table, pair.name, pair.op, *(a if a == b else f"{a} -> {b}" for a, b in zip(*sides, strict=True)))
     _show(console, "layers that differ", table, len(changed), limit)
     if found.graph:
-        console.print(f"\nthe graphs' {', '.join(found.graph)} differ", highlight=False, markup=False)
+        console.print()
+        _print(console, f"the graphs' {', '.join(found.graph)} differ")
     for kind, names in found.nodes.items():
         if names:
             most = len(names) if verbose else 8
             more = f" and {len(names) - most} more" if len(names) > most else ""
             shown = ", ".join(names[:most]) + more
-            console.print(f"\nnodes {kind} ({len(names)}): {shown}", highlight=False, markup=False, soft_wrap=True)
+            console.print()
+            _print(console, f"nodes {kind} ({len(names)}): {shown}", soft_wrap=True)
     table = _table(console, "constant", "change", "A", "B", "distance", align="ll")
     for one in found.constants[:limit]:
         shapes = (
@@ -228,11 +240,11 @@ def sensitivity(console: Console, table: SensitivityTable) -> None:
         name = row.name if len(row.name) <= room else f"{row.name[: room - 2]}.."
         _add(shown, group, str(row.size), name, *cells[group])
     if table.metric:
-        console.print(f"before   {table.metric} {table.before:.6g} over {table.samples} samples", highlight=False)
+        _print(console, f"before   {table.metric} {table.before:.6g} over {table.samples} samples")
     what = f"drop of {table.metric}" if table.metric else "relative squared error of the outputs"
     if table.options.get("compensate", "none") != "none":
         what += " (compensated)" if table.metric else ", compensated"
-    console.print(f"{what}, with each group alone pruned to a share of its channels", highlight=False)
+    _print(console, f"{what}, with each group alone pruned to a share of its channels")
     console.print()
     console.print(shown if by_group else "nothing can be pruned; onnxprune inspect says why")
     for (group, note), times in Counter((row.group, row.note) for row in table.rows if row.note).items():
@@ -317,22 +329,29 @@ def _table(console: Console, *columns: str, align: str = "l") -> Table:
     plain = not console.is_terminal
     table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, header_style="" if plain else "bold")
     for column, side in zip(columns, align.ljust(len(columns), "r"), strict=True):
-        table.add_column(column, justify="left" if side == "l" else "right", overflow="fold")
+        table.add_column(Text(clean(column)), justify="left" if side == "l" else "right", overflow="fold")
     return table
 
 
 def _add(table: Table, *cells: str) -> None:
     """Add a row of names as they are: a bracket in one is no markup."""
-    table.add_row(*map(escape, cells))
+    table.add_row(*(Text(clean(cell)) for cell in cells))
+
+
+def _print(console: Console, line: str, *, soft_wrap: bool = False) -> None:
+    """Print a line as it is."""
+    console.print(Text(clean(line)), soft_wrap=soft_wrap)
 
 
 def _line(console: Console, line: str) -> None:
     """Print a fact behind its word; on a terminal it is broken between words, in a pipe it stays one line."""
+    lines = [clean(line)]
     if console.is_terminal:
-        line = textwrap.fill(
-            line, console.width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+        lines = textwrap.wrap(
+            lines[0], console.width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
         )
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for part in lines:
+        _print(console, part, soft_wrap=True)
 
 
 def _show(console: Console, title: str, table: Table, total: int, limit: int | None) -> None:
