@@ -41,6 +41,8 @@ from onnxprune.search import Guard, prune_to_quality
 
 PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
 LONGEST_MESSAGE = 1000
+RUNS_CODE = ("trainer", "scheduler")  # one is a command; with the other, pickled objects are exchanged
+TEXTUAL = (click.Path, click.Choice, click.types.StringParamType, InputShape)
 METRIC_NAMES = f"{', '.join(METRICS)}, or your own module:function"
 
 
@@ -129,14 +131,35 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
     if strangers:
         raise UsageError(f"{path}: [{strangers[0]}] is no command")
     table = {**{k: v for k, v in data.items() if not isinstance(v, dict)}, **own}
-    known = {name.lstrip("-"): option.name for option in ctx.command.params for name in option.opts}
+    known = {name.lstrip("-"): option for option in ctx.command.params for name in option.opts}
     unknown = [key for key in table if key not in known]
     if unknown:
         raise UsageError(f"{path}: unknown option {unknown[0]}")
-    several = {option.name for option in ctx.command.params if getattr(option, "multiple", False)}
-    chosen = {known[key]: value for key, value in table.items()}
-    chosen = {k: [v] if k in several and not isinstance(v, list | tuple) else v for k, v in chosen.items()}
+    chosen = {known[key].name: _setting(path, key, value, known[key]) for key, value in table.items()}
     ctx.default_map = {**(ctx.default_map or {}), **chosen}
+
+
+def _setting(path: str, key: str, value: Any, option: click.Parameter) -> Any:
+    """A value of a file of options as the command line would give it.
+
+    Raises
+    ------
+    UsageError
+        The option takes no such value, or it would run code: the file may be a stranger's.
+    """
+    if not isinstance(option, click.Option):
+        raise UsageError(f"{path}: {key} is an argument, not an option; give it on the command line")
+    values = value if isinstance(value, list) else [value]
+    if key in RUNS_CODE or (key == "metric" and any(":" in str(each) for each in values)):
+        raise UsageError(f"{path}: {key} = {value!r} would run code; give it on the command line")
+    listed = option.multiple or isinstance(option.type, Numbers)
+    kind = bool if option.is_flag else str if isinstance(option.type, TEXTUAL) else (str, int, float)
+    fits = all(isinstance(each, kind) and isinstance(each, bool) == option.is_flag for each in values)
+    if not fits or (isinstance(value, list) and not listed) or any("\0" in str(each) for each in values):
+        raise UsageError(f"{path}: {key} = {value!r} is no value of --{key}")
+    if option.is_flag:
+        return not value if option.flag_value is False else value
+    return [str(each) for each in values] if option.multiple else str(value)
 
 
 def _select_options(command: Callable) -> Callable:

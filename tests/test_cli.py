@@ -763,6 +763,54 @@ def test_bad_config(model: Path, out: Path, content: str | None, code: int, tmp_
     attempt(tmp_path, ("prune", model, out, "--config", config, *QUICK), code)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "calib = 5", 'calib = ["a"]', "json = true", "json = 1979-05-27", 'json = ["a"]', 'calib = "a\\u0000b"', "quiet = 5",
+        'quiet = "yes"', "verbose = [1]", "profile = 5", "ignore = [1]", "ignore = [[1]]", "align = inf", "align = [1]",
+        "align = true", "target-mac = [1]", "seed = 1.5", 'mean = ["a"]', "input-shape = 3",
+    ],
+)  # fmt: skip
+def test_config_value_of_another_kind_is_refused(line: str, model: Path, out: Path, tmp_path: Path) -> None:
+    """A value that the option cannot mean is exit code 2 and named."""
+    config = tmp_path / "c.toml"
+    config.write_text(line)
+    attempt(tmp_path, ("prune", model, out, "--config", config, *QUICK), 2)
+
+
+def test_config_values_are_read_as_on_the_command_line(model: Path, out: Path, tmp_path: Path) -> None:
+    """Numbers, lists, several values of one option, and switches, also those that say no."""
+    config, report = tmp_path / "c.toml", tmp_path / "r.json"
+    config.write_text('seed = 3\nmean = [0.5, 1]\nonly = ["*", "*"]\nno-new-nodes = true\nquiet = true')
+    assert ok("prune", model, out, "--config", config, *QUICK, "--json", report).output == ""
+    options = json.loads(report.read_text())["options"]
+    assert [options[name] for name in ("seed", "only", "new_nodes")] == [3, ["*", "*"], False]
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("prune", 'metric = "config_code:score"'), ("evaluate", 'metric = "config_code:score"'),
+        ("sweep", 'metric = ["top1", "config_code:score"]'), ("iterate", 'metric = "config_code:score"'),
+        ("iterate", 'trainer = "touch ran {artifact} {out}"'), ("sweep", 'scheduler = "tcp://10.0.0.1:8786"'),
+        ("prune", 'out = "other.onnx"'), ("prune", 'model = "other.onnx"'),
+    ],
+)  # fmt: skip
+def test_config_runs_no_code(
+    command: str, line: str, model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of options names no metric of one's own, no trainer, no scheduler and no arguments."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config_code.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
+    (tmp_path / "c.toml").write_text(line)
+    models = (model,) if command in ("evaluate", "sweep") else (model, out)
+    given = () if command == "sweep" else ("--data", DIGITS / "digits_eval.npz")
+    result = run(command, *models, *given, *(() if command == "evaluate" else QUICK[:2]), "--config", "c.toml")
+    assert_failed(result, 2)
+    assert "give it on the command line" in result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("problem", ["missing", "no_labels", "unknown_metric"])
 def test_bad_data(problem: str, tmp_path: Path) -> None:
     """Missing data is exit code 7; data that lacks what a metric needs, and unknown metrics, are 2."""
