@@ -8,7 +8,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -458,6 +458,7 @@ def _run(given: dict[str, Any]) -> Iterator[tuple[Console, Options]]:
         console = Console(stderr=given["json_path"] == "-")
         if not console.is_terminal:
             console.width = PIPE_WIDTH
+        _check_places(given)
         _check_reads(given)
         _check_writes(given)
         options = _options(given)
@@ -492,9 +493,26 @@ MODELS = ("model", "models", "original", "pruned", "a", "b", "reference")
 FILES = ("calib", "data", "data_path", "val", "sensitivity", "latency_table", "profile", "encodings", "plan", "map_path",
          "source", "directory")  # fmt: skip
 OUTPUTS = ("out", "json_path", "html_path", "plan_out", "encodings_out", "csv_path", "plot")
-"""Parameters of all commands that name models and other files to read, and files to write."""
+FOLDERS = ("state", "out_dir")
+"""Parameters of all commands that name models and other files to read, files to write, and folders of runs."""
 
 _CONFIG = "onnxprune.config"  # where click keeps the path of --config
+
+
+def _check_places(given: dict[str, Any]) -> None:
+    """Refuse paths that lead nowhere: names that are too long, links in a circle, a current folder that is gone."""
+    named = {**click.get_current_context().params, **given}
+    for path in _paths(named, MODELS + FILES + OUTPUTS + FOLDERS):
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                pathlib.Path(path).stat()
+            pathlib.Path(path).resolve()
+        except (OSError, ValueError) as error:
+            if path == named["json_path"]:
+                given["json_path"] = None
+            raise FileError(
+                f"{path}: cannot be found ({getattr(error, 'strerror', error)}); name another path"
+            ) from error
 
 
 def _check_reads(given: dict[str, Any]) -> None:
@@ -623,7 +641,8 @@ def _fail(
         kept = with_error(given["json_path"], code, message)
         _write_json(given["json_path"], kept or report.error_json(code, message))
     except OnnxPruneError as second:
-        say(f"onnxprune: {_one_line(str(second))}", err=True)
+        if not message.startswith((f"{given['json_path']}: ", str(second))):  # which tell of the report already
+            say(f"onnxprune: {_one_line(str(second))}", err=True)
     sys.exit(code)
 
 
@@ -689,7 +708,7 @@ def _write_json(path: str | None, content: Mapping[str, Any]) -> None:
 
 def _write_html(path: str | None, content: Mapping[str, Any]) -> None:
     if path:
-        onnx_io.write(path, page.page(content).encode())
+        onnx_io.write(path, page.page(content).encode(errors="backslashreplace"))  # names of files may be no UTF-8
 
 
 def _command() -> str:
@@ -704,12 +723,15 @@ def _json_path(args: Sequence[str]) -> str | None:
     paths += [value for word, value in zip(args, values, strict=True) if word.startswith("--json=")]
     if not paths:
         return None
-    models = [value for value in values if pathlib.Path(value).is_file()]
-    resolved = [pathlib.Path(value).resolve() for value in values if value] + [
-        path.resolve() for path in _data_of(models)
-    ]
-    mine = pathlib.Path(paths[0]).resolve()
-    shared = resolved.count(mine) > 1 or any(other != mine and _same_file(other, mine) for other in resolved)
+    try:
+        models = [value for value in values if pathlib.Path(value).is_file()]
+        resolved = [pathlib.Path(value).resolve() for value in values if value] + [
+            path.resolve() for path in _data_of(models)
+        ]
+        mine = pathlib.Path(paths[0]).resolve()
+        shared = resolved.count(mine) > 1 or any(other != mine and _same_file(other, mine) for other in resolved)
+    except (OSError, RuntimeError, ValueError):  # names that are too long, links in a circle
+        return None
     return None if shared else paths[0]
 
 

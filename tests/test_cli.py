@@ -923,7 +923,7 @@ def test_dynamic_input_is_shown(tmp_path: Path, out: Path) -> None:
 def test_every_path_is_known_to_the_check_of_files(command: str) -> None:
     """No command takes a file that the check against overwriting does not know; folders of runs and config are apart."""
     paths = {p.name for p in cli.commands.commands[command].params if isinstance(p.type, click.Path)}
-    assert paths <= {*cli.MODELS, *cli.FILES, *cli.OUTPUTS, "config", "state", "out_dir"}
+    assert paths <= {*cli.MODELS, *cli.FILES, *cli.OUTPUTS, *cli.FOLDERS, "config"}
 
 
 @pytest.mark.parametrize("content", ["[multiples]\n'*' = 4\n", "[broken"])

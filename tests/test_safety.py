@@ -448,3 +448,58 @@ def test_interruption_before_writing_says_so(model: Path, out: Path, monkeypatch
     assert "nothing was written" in result.stderr
     assert "nothing was written" in json.loads(result.stdout)["error"]["message"]
     assert not out.exists()
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+PLACES = {
+    "in": ["P", "out.onnx", *QUICK],
+    "out": ["in.onnx", "P", *QUICK],
+    "json": ["in.onnx", "out.onnx", *QUICK, "--json", "P"],
+    "plan_out": ["in.onnx", "out.onnx", *QUICK, "--plan-out", "P"],
+    "html": ["in.onnx", "out.onnx", *QUICK, "--html", "P"],
+    "calib": ["in.onnx", "out.onnx", *QUICK, "--calib", "P"],
+    "plan": ["apply", "in.onnx", "out.onnx", "--plan", "P"],
+    "report": ["report", "P"],
+    "page": ["report", "in.onnx", "-o", "P"],
+    "state": ["finetune", "art", "out.onnx", "--data", "d.npz", "--state", "P"],
+    "wrong": ["in.onnx", "--json", "P"],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["long", "circle"])
+def test_paths_that_lead_nowhere_are_refused(
+    kind: str, place: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is too long and a link to itself are refused in a line, wherever they stand; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    path = "x" * 300 if kind == "long" else "circle"
+    (tmp_path / "circle").symlink_to("circle")
+    told = refused(2 if place == "wrong" else 7, *(path if word == "P" else word for word in PLACES[place]))
+    assert len(told.splitlines()) == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["circle", model.name]
+
+
+def test_current_folder_that_is_gone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are not written relative to it; the message is one line."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "out.onnx" in refused(7, model, "out.onnx", *QUICK)
+    assert "r.json" in refused(7, model, tmp_path / "out.onnx", *QUICK, "--json", "r.json")
+
+
+def test_report_that_cannot_be_written_is_told_once(model: Path, out: Path, tmp_path: Path) -> None:
+    """The failure and the failed attempt to report it are one line."""
+    assert len(refused(7, model, out, *QUICK, "--json", tmp_path / "nowhere" / "r.json").splitlines()) == 1
+
+
+def test_paths_that_are_no_utf8(model: Path, tmp_path: Path) -> None:
+    """They are read and written like any other, and stand in reports and pages as escapes."""
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.onnx")
+    shown = ok(model, out, *QUICK, "--html", tmp_path / "r.html", "--json", tmp_path / "r.json").output
+    assert "b?.onnx" in shown
+    assert "\\udcff" in (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -86,6 +86,16 @@ def test_nothing_is_fetched(pruned: tuple[str, dict[str, Any]]) -> None:
     assert found.open == []
 
 
+def test_pictures_of_a_strange_report_are_not_fetched(pruned: tuple[str, dict[str, Any]]) -> None:
+    """A picture that is no data stands nowhere, be it an address or no text at all; the others of its sample stay."""
+    report = json.loads(json.dumps(pruned[1]))
+    report["pictures"][0] |= {"wanted": "http://evil.example/w.png", "pruned": "//evil.example/p.png", "original": 5}
+    sources = [attributes["src"] for tag, attributes in Parsed(page(report)).tags if tag == "img"]
+    before = [attributes["src"] for tag, attributes in Parsed(pruned[0]).tags if tag == "img"]
+    assert len(sources) == len(before) - 3
+    assert all(source.startswith("data:image/") for source in sources)
+
+
 def test_identifiers_are_unique(pruned: tuple[str, dict[str, Any]]) -> None:
     """Several charts on one page do not repeat identifiers, and what they refer to is there."""
     identifiers = [a["id"] for _, a in Parsed(pruned[0]).tags if a.get("id")]

@@ -308,7 +308,7 @@ def pictures(report: Report) -> Html | None:
         images = [
             tag("figure", tag("img", src=row[key], alt=f"{name}, sample {row['sample']}"), tag("figcaption", name))
             for key, name in titles.items()
-            if row.get(key)
+            if str(row.get(key)).startswith("data:image/")  # nothing that a page would fetch
         ]
         sample, top, left = (figure(report, f"pictures.{index}.{key}", "channels") for key in ("sample", "top", "left"))
         rms, largest, low, high = (
