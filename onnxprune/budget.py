@@ -42,7 +42,7 @@ class Budget:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Every kind that is limited."""
-        rounded = "mac" in self.targets and "effective_mac" in self.before and "effective_mac" not in self.targets
+        rounded = "mac" in self.targets and self.before.get("effective_mac") and "effective_mac" not in self.targets
         return (*self.targets, *(["effective_mac"] if rounded else []))
 
     def limit(self, kind: str) -> float:
@@ -73,7 +73,7 @@ class Budget:
         rows = []
         for kind in self.kinds:
             share = self.targets[kind if kind in self.targets else "mac"] <= 1
-            unit = self.whole(kind) if share else 1.0
+            unit = self.whole(kind) if share and self.whole(kind) else 1.0  # of nothing, everything is kept
             requested, achieved, least = (
                 value / unit for value in (self.limit(kind), self._of(kind, after), self._of(kind, floor))
             )

@@ -41,6 +41,8 @@ from onnxprune.search import Guard, prune_to_quality
 
 PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
 LONGEST_MESSAGE = 1000
+CHANNELS: click.IntRange = click.IntRange(1, 1 << 30)
+THREADS: click.IntRange = click.IntRange(1, 4096)
 RUNS_CODE = ("trainer", "scheduler")  # one is a command; with the other, pickled objects are exchanged
 TEXTUAL = (click.Path, click.Choice, click.types.StringParamType, InputShape)
 METRIC_NAMES = f"{', '.join(METRICS)}, or your own module:function"
@@ -76,7 +78,7 @@ class DefaultPrune(click.Group):
 
 
 def _model_options(command: Callable) -> Callable:
-    option = click.option("--threads", type=click.IntRange(0), default=0, show_default=True,
+    option = click.option("--threads", type=click.IntRange(0, THREADS.max), default=0, show_default=True,
                           help="Threads of onnxruntime; 0 leaves that to onnxruntime.")  # fmt: skip
     return option(_shared_options(command))
 
@@ -172,8 +174,8 @@ def _select_options(command: Callable) -> Callable:
                               "there is calibration data, else l2."),
             click.option("--profile", default="", metavar="NAME|FILE.toml",
                          help=f"Hardware that channel counts are for: {', '.join(profiles.names())}, or a file of yours."),
-            click.option("--align", type=click.IntRange(1), default=1, help="Kept channels are a multiple of N."),
-            click.option("--min-channels", type=click.IntRange(1), default=1, help="Least number of channels per group."),
+            click.option("--align", type=CHANNELS, default=1, help="Kept channels are a multiple of N."),
+            click.option("--min-channels", type=CHANNELS, default=1, help="Least number of channels per group."),
             click.option("--max-prune", type=click.FloatRange(0, 1), default=1.0, help="Largest share to remove per group."),
             click.option("--ignore", multiple=True, help="Leave nodes, tensors or groups alone (glob, repeatable)."),
             click.option("--only", multiple=True, help="Prune nothing but these (glob, repeatable)."),

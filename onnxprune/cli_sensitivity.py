@@ -31,7 +31,7 @@ from onnxprune.sensitivity import sensitivity as measure
 @cli._calib_options
 @cli._data_options
 @click.option("--jobs", type=click.IntRange(1), help="Processes; each holds one model.  [default: all cores]")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each process.")
+@click.option("--threads", type=cli.THREADS, default=1, show_default=True, help="Threads of each process.")
 @click.option("--csv", "csv_path", type=click.Path(), help="Write the table as CSV (- for stdout).")
 @click.option("--resume", is_flag=True, help="Go on with the table of --json: what it holds is not measured again.")
 @click.option("--force", is_flag=True, help="Overwrite tables; with --resume, drop rows of another measurement.")

@@ -49,7 +49,7 @@ def repeatable(command: Callable) -> Callable:
 @cli._data_options
 @click.option("--proof/--no-proof", default=True, help="Prove every result (default), or skip that.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes; each holds one model.  [default: all cores]")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each run.")
+@click.option("--threads", type=cli.THREADS, default=1, show_default=True, help="Threads of each run.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="local", show_default=True, help="Where to run.")
 @click.option("--scheduler", default="", metavar="ADDRESS", help="Dask scheduler, such as tcp://10.0.0.1:8786.")
 @click.option("--ship", is_flag=True, help="Send models and data to workers that share no folder with this machine.")

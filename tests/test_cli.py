@@ -21,6 +21,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 import architectures
 from architectures import variants
 from commands import ok, run
+from graphs import Tiny
 from onnxprune import cli, pipeline
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -722,6 +723,25 @@ def test_target_out_of_reach(model: Path, out: Path, tmp_path: Path) -> None:
     message = attempt(tmp_path, (model, out, "--target-mac", "0.001", "--no-latency"), 4)["error"]["message"]
     assert "out of reach" in message
     assert "inspect" in message
+
+
+def test_nothing_is_a_share_of_nothing(out: Path, tmp_path: Path) -> None:
+    """A model without MAC or parameters keeps all of them, also where hardware rounds; less than all is out of reach."""
+    t, model = Tiny(), tmp_path / "relu.onnx"
+    onnx.save(t.build(t.node("Relu", t.input(1, 2, 4, 6))), model)
+    for target in ("--target-mac", "--target-params", "--target-bandwidth", "--target-latency", "--target-size"):
+        assert "already meets" in ok(model, out, target, "1.0", "--no-latency", "--force").output
+        assert_failed(run(model, out, target, "0.9", "--no-latency", "--force"), 4)
+    ok(model, out, "--target-mac", "1K", "--profile", "ascend", "--no-latency", "--force")
+
+
+@pytest.mark.parametrize("option", ["--align", "--min-channels", "--threads"])
+@pytest.mark.parametrize("value", [1 << 31, 10**20])
+def test_numbers_have_a_bound(option: str, value: int, model: Path, out: Path) -> None:
+    """What no machine has is exit code 2; what one might have is taken."""
+    assert_failed(run(model, out, *QUICK, option, value), 2)
+    if option != "--threads":
+        assert "internal error" not in run(model, out, *QUICK, option, cli.CHANNELS.max).output
 
 
 PLANS: dict[str, tuple[str, int]] = {
