@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 from click.shell_completion import CompletionItem
@@ -74,6 +75,11 @@ class DefaultPrune(click.Group):
             _fail(error, {"json_path": _json_path(given), "verbose": False}, message)
         except click.exceptions.Abort as error:
             _fail(error, {"json_path": _json_path(given), "verbose": False}, "interrupted", code=130)
+        except OSError as error:  # of --help, say; commands turn theirs into others
+            _discard(sys.stdout)
+            where = error.filename or "standard output"
+            message = f"{where}: cannot be used ({error.strerror})"
+            _fail(error, {"json_path": None, "verbose": False}, message, code=FileError.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -476,9 +482,6 @@ def _run(given: dict[str, Any]) -> Iterator[tuple[Console, Options]]:
         _fail(error, given, f"interrupted; {kept}", code=130)
     except click.ClickException:
         raise
-    except BrokenPipeError as error:
-        kept = f"; {given['written']} was written before" if given.get("written") else ""
-        _fail(error, given, f"standard output: its reader is gone{kept}", code=FileError.exit_code)
     except MemoryError as error:
         what = f" ({error})" if str(error) else ""
         _fail(error, given, f"out of memory{what}; give a smaller --input-shape or less data, or more memory", code=3)
@@ -620,7 +623,33 @@ def _same_file(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 def say(*lines: str, err: bool = False) -> None:
     """Print lines that hold names from files: nothing in them commands a terminal, or begins a line of its own."""
-    click.echo("\n".join(map(text.clean, lines)), err=err)
+    with _printing(err=err):
+        click.echo("\n".join(map(text.clean, lines)), err=err)
+
+
+@contextmanager
+def _printing(*, err: bool = False) -> Iterator[None]:
+    """Tell of output that is not taken; of standard error's there is no place to tell.
+
+    Raises
+    ------
+    FileError
+        Standard output does not take it.
+    """
+    try:
+        yield
+    except OSError as error:
+        _discard(sys.stderr if err else sys.stdout)
+        why = "its reader is gone" if isinstance(error, BrokenPipeError) else f"cannot be written ({error.strerror})"
+        if not err:
+            raise FileError(f"standard output: {why}") from error
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what a stream still holds nowhere: Python would try again as it ends, and end with a code of its own."""
+    with suppress(OSError, ValueError):  # it is none of the system's
+        handle = stream.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
 
 
 def _one_line(message: str) -> str:
@@ -692,18 +721,17 @@ def _finish(console: Console, done: Report, given: Mapping[str, Any], show: Call
 
 def _print(console: Console, show: Callable[[Console, Any], None], what: Any) -> None:
     """Print what a function shows on a console, in its colours."""
-    with console.capture() as shown:
-        show(console, what)
-    lines = (line.rstrip() for line in shown.get().splitlines())
-    click.echo("\n".join(lines), err=console.stderr, color=console.is_terminal or None)
+    with _printing(err=console.stderr):
+        with console.capture() as shown:
+            show(console, what)
+        lines = (line.rstrip() for line in shown.get().splitlines())
+        click.echo("\n".join(lines), err=console.stderr, color=console.is_terminal or None)
 
 
 def _write_json(path: str | None, content: Mapping[str, Any]) -> None:
     if path == "-":
-        try:
+        with _printing():
             click.echo(json.dumps(content, indent=1))
-        except OSError as error:
-            raise FileError(f"standard output: cannot be written ({error.strerror})") from error
     elif path:
         onnx_io.write(path, json.dumps(content, indent=1).encode())
 

@@ -176,16 +176,53 @@ def test_folder_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
     assert str(folder) in refused(7, model, folder / "out.onnx", *QUICK)
 
 
-def test_reader_of_standard_output_that_is_gone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_of_standard_output_that_is_gone(model: Path, tmp_path: Path) -> None:
     """A summary that nobody reads any more is no bug: 7, and OUT is there."""
-
-    def gone(*_: object, **__: object) -> None:
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr("onnxprune.cli._print", gone)
-    out = tmp_path / "out.onnx"
-    assert f"its reader is gone; {out} was written before" in refused(7, model, out, *QUICK)
+    out, (reader, writer) = tmp_path / "out.onnx", os.pipe()
+    os.close(reader)
+    done = command(model, out, *QUICK, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 7
+    assert done.stderr == f"onnxprune: standard output: its reader is gone; {out} was written before\n"
     onnx.checker.check_model(onnx.load(out), full_check=True)
+
+
+def command(*args: object, **streams: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    line = [sys.executable, "-m", "onnxprune", *map(str, args)]
+    return subprocess.run(line, check=False, text=True, timeout=120, **streams)
+
+
+@pytest.mark.parametrize(
+    ("args", "unbuffered"),
+    [
+        (["--help"], ""), (["--version"], "1"), (["schema", "plan"], ""), (["completion", "bash"], "1"), (["prune"], ""),
+        (["prune"], "1"),
+    ],
+)  # fmt: skip
+def test_standard_output_on_a_full_disk(
+    args: list[str], unbuffered: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told with 7 in a line, with the name of what was written before."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    out = tmp_path / "out.onnx"
+    with Path("/dev/full").open("w") as full:
+        done = command(*args, *([model, out, *QUICK] if args == ["prune"] else []), stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 7, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "standard output: cannot be" in done.stderr
+    if args == ["prune"]:
+        assert f"{out} was written before" in done.stderr
+
+
+def test_standard_error_on_a_full_disk(model: Path, tmp_path: Path) -> None:
+    """What it does not take is lost; exit codes and results are what they are without."""
+    with Path("/dev/full").open("w") as full:
+        assert command(tmp_path / "gone.onnx", tmp_path / "out.onnx", *QUICK, "-v", stderr=full).returncode == 7
+        assert command("--wrong", stderr=full).returncode == 2
+        json_ = command("inspect", model, "--json", "-", stderr=full, stdout=subprocess.PIPE)
+    assert json_.returncode == 0
+    assert json.loads(json_.stdout)["schema"] == 1
 
 
 def test_memory_that_runs_out(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
