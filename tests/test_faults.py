@@ -215,6 +215,16 @@ def test_standard_output_on_a_full_disk(
         assert f"{out} was written before" in done.stderr
 
 
+def test_matplotlib_that_does_not_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting of its own that is nonsense is told with 2 before anything is written."""
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    done = command(model, tmp_path / "out.onnx", *QUICK, "--html", tmp_path / "r.html", stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr.startswith("onnxprune: an HTML report: matplotlib does not start; check MPLBACKEND")
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [model]
+
+
 def test_standard_error_on_a_full_disk(model: Path, tmp_path: Path) -> None:
     """What it does not take is lost; exit codes and results are what they are without."""
     with Path("/dev/full").open("w") as full:

@@ -21,11 +21,13 @@ _LOOK: dict[Any, Any] = {
 
 
 def require_matplotlib(what: str = "--plot") -> None:
-    """Raise :class:`UsageError` where matplotlib, which ``what`` needs, is not installed."""
+    """Raise :class:`UsageError` where matplotlib, which ``what`` needs, is not installed or does not start."""
     try:
         import matplotlib.figure  # noqa: F401, PLC0415 (an extra)
     except ImportError as error:
         raise UsageError(f"{what} needs matplotlib: pip install 'onnxprune[report]'") from error
+    except Exception as error:  # of its settings, which may be anybody's
+        raise UsageError(f"{what}: matplotlib does not start; check MPLBACKEND and matplotlibrc ({error})") from error
 
 
 def draw(rows: Sequence[Row], kind: str = "svg") -> bytes:
