@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pathlib
@@ -766,7 +767,10 @@ def _json_path(args: Sequence[str]) -> str | None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; characters that its streams do not know are written as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     commands.main()
 
 

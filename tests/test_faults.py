@@ -225,6 +225,17 @@ def test_matplotlib_that_does_not_start(model: Path, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == [model]
 
 
+def test_streams_that_do_not_know_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They show it as an escape."""
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    named = small()
+    named.graph.node[0].name = "\u2192conv"
+    onnx.save(named, tmp_path / "in.onnx")
+    done = command("inspect", tmp_path / "in.onnx", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert "\\u2192conv" in done.stdout
+
+
 def test_standard_error_on_a_full_disk(model: Path, tmp_path: Path) -> None:
     """What it does not take is lost; exit codes and results are what they are without."""
     with Path("/dev/full").open("w") as full:
