@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,7 @@ class Cut:
         """
         for axis, kept in self.slices.items():
             rows = kept if _in_rows(kept) else [kept]
-            size = elements.shape[axis] if axis < elements.ndim else 0
+            size = elements.shape[axis] if 0 <= axis < elements.ndim else 0
             strays = [index for row in rows for index in row if not 0 <= index < size]
             if strays:
                 raise ModelError(f"index {strays[0]} of axis {axis}")
@@ -127,13 +128,13 @@ def cuts(plan: Plan, checkpoint: Checkpoint, mapped: Mapped) -> dict[str, Cut]:
     UsageError
         The map names parameters that do not exist, or leaves out an axis that is sliced.
     """
-    shared = {name for full in plan.initializers if full not in checkpoint.parameters for name in _roots(full)}
+    strangers = sorted(plan.initializers.keys() - checkpoint.parameters.keys())
     found: dict[str, Cut] = {}
     unknown, gone = [], []
     for tensor, slices in plan.initializers.items():
         if not slices and tensor not in mapped:
             continue
-        if tensor not in mapped and (tensor not in checkpoint.parameters or tensor in shared):
+        if tensor not in mapped and (tensor not in checkpoint.parameters or _has_reader(tensor, strangers)):
             unknown.append(tensor)
         for target in mapped.get(tensor, (Target(tensor),)):
             if target.name not in checkpoint.parameters:
@@ -151,10 +152,10 @@ def cuts(plan: Plan, checkpoint: Checkpoint, mapped: Mapped) -> dict[str, Cut]:
     return {name: found[name] for name in checkpoint.parameters if name in found and found[name].slices}
 
 
-def _roots(full: str) -> Iterator[str]:
-    """Names that a key ``NAME@FIRST_OUTPUT`` may be a reader's slice of."""
-    pieces = full.split("@")
-    yield from ("@".join(pieces[:end]) for end in range(1, len(pieces)))
+def _has_reader(tensor: str, names: list[str]) -> bool:
+    """Whether one of some sorted names is a key ``NAME@FIRST_OUTPUT`` of a tensor: a slice for one of its readers."""
+    place = bisect_left(names, f"{tensor}@")
+    return place < len(names) and names[place].startswith(f"{tensor}@")
 
 
 def _cut(tensor: str, slices: Slices, target: Target) -> Cut:

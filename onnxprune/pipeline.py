@@ -113,7 +113,15 @@ def load(model: ModelLike, options: Options, clock: Clock, plan: Plan | None = N
         source, inlined = proto, inline(proto)
         require_valid(inlined)
         proto, prepared = prepare(inlined)
-        flat, graph = _read_flat(proto, shapes)
+        try:
+            flat, graph = _read_flat(proto, shapes)
+        except UsageError as error:
+            if shapes == options.input_shapes:
+                raise
+            why = str(error).removeprefix("--input-shape ")
+            raise ModelError(
+                f"the plan is of a model with other inputs: {why}; --input-shape says what to take"
+            ) from error
         attention = options.attention if plan is None else plan.attention
         coupling = couple(graph, options.ignore, options.only, attention)
         cost = Cost(coupling, options.hardware)

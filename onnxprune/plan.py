@@ -13,6 +13,9 @@ from onnxprune.coupling import Coupling
 from onnxprune.errors import ModelError, ProofError
 from onnxprune.slices import Slices
 
+MOST_MARKS, MOST_AXES = 100, 64
+"""More ``@`` than the name of a tensor has, and more axes than an array can have."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
@@ -56,26 +59,47 @@ class Plan:
         try:
             data = json.loads(text)
             if data["schema"] != 1:
-                raise ModelError(f"plan schema {data['schema']} is unknown to this version; it reads schema 1")
+                raise ModelError(f"plan schema {data['schema']!r:.40} is unknown to this version; it reads schema 1")
             initializers = {
-                str(name): {int(axis): _indices(kept) for axis, kept in axes.items()}
-                for name, axes in data["initializers"].items()
+                _name(full): {_axis(axis): _indices(kept) for axis, kept in axes.items()}
+                for full, axes in data["initializers"].items()
             }
-            groups = tuple((g["id"], int(g["size"]), tuple(map(bool, g["keep"]))) for g in data.get("groups", ()))
+            groups = tuple((str(g["id"]), int(g["size"]), tuple(map(bool, g["keep"]))) for g in data.get("groups", ()))
             if any(size != len(keep) for _, size, keep in groups):
                 raise ModelError("a group of the plan keeps or removes another number of channels than it has")
             model = data.get("model", {})
-            inputs = {name: tuple(map(int, shape)) for name, shape in model.get("inputs", {}).items()}
-            return cls(
-                initializers,
-                groups,
-                str(model.get("sha256", "")),
-                inputs,
-                data.get("added", {}),
-                data.get("attention", "auto"),
-            )
+            inputs = {name: _shape(sizes) for name, sizes in model.get("inputs", {}).items()}
+            added = {name: _added(entry) for name, entry in data.get("added", {}).items()}
+            attention = str(data.get("attention", "auto"))
+            return cls(initializers, groups, str(model.get("sha256", "")), inputs, added, attention)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(f"not a plan written by onnxprune ({error!r})") from error
+
+
+def _name(full: str) -> str:
+    """A tensor's name; each of its ``@`` may be what a reader's name follows, so that not just any number is taken."""
+    if full.count("@") > MOST_MARKS:
+        raise ModelError(f"the plan names a tensor {full[:20]}... with more than {MOST_MARKS} @, which no model has")
+    return full
+
+
+def _axis(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"axis {text!r:.40}")
+    return int(text)
+
+
+def _shape(sizes: list) -> tuple[int, ...]:
+    if not isinstance(sizes, list) or len(sizes) > MOST_AXES or not all(type(size) is int for size in sizes):
+        raise ValueError(f"input shape {sizes!r:.40}")
+    return tuple(sizes)
+
+
+def _added(entry: dict[str, Any]) -> dict[str, Any]:
+    texts, place = (entry["node"], entry["replaces"]), entry["input"]
+    if not all(isinstance(text, str) for text in texts) or not (place is None or type(place) is int):
+        raise ValueError(f"added {entry!r:.80}")
+    return entry
 
 
 def _indices(kept: list) -> list:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,15 @@ def test_unknown_tensors_are_all_listed(source: Path, out: Path) -> None:
     assert not out.exists()
 
 
+def test_names_of_many_marks_take_no_memory(source: Path, out: Path) -> None:
+    """Every @ may be where a reader's name begins, and yet a name of very many is refused as any other."""
+    tracemalloc.start()
+    with pytest.raises(ModelError, match="1 tensors of the plan are no parameters"):
+        onnxprune.apply_checkpoint(plan_of({"@" * 5000: {0: [0]}}), source, out)
+    assert tracemalloc.get_traced_memory()[1] < 5 << 20
+    tracemalloc.stop()
+
+
 BAD_MAPS: dict[str, tuple[Any, str]] = {
     "missing": ({"conv.weight": ["nowhere", "?"]}, r"nowhere \(for conv.weight\), \? \(for conv.weight\)"),
     "number": ({"conv.weight": 3}, "conv.weight must be"),
@@ -224,8 +234,8 @@ def test_two_slices_of_one_parameter(source: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     "slices",
-    [{0: [4]}, {0: [-1]}, {0: [0, 0]}, {0: []}, {1: [0]}, {0: [[0], [1], [2]]}],
-    ids=["large", "negative", "twice", "nothing", "axis", "rows"],
+    [{0: [4]}, {0: [-1]}, {0: [0, 0]}, {0: []}, {1: [0]}, {-1: [0]}, {0: [[0], [1], [2]]}],
+    ids=["large", "negative", "twice", "nothing", "axis", "negative_axis", "rows"],
 )
 def test_shape_does_not_fit(slices: dict[int, list], source: Path, out: Path) -> None:
     """Indices and axes that a parameter does not have are refused, with its name and shape."""

@@ -82,6 +82,19 @@ def test_json_has_the_documented_form() -> None:
         pytest.param('{"schema": 1, "initializers": {}, "groups": [{"size": 3}]}', id="group_without_id"),
         pytest.param('{"schema": 1, "initializers": {}, "groups": 5}', id="groups_number"),
         pytest.param('{"schema": 1, "initializers": {}, "model": 5}', id="model_number"),
+        pytest.param('{"schema": 1, "initializers": {"w": {"-1": [0]}}}', id="axis_negative"),
+        pytest.param('{"schema": 1, "initializers": {"%s": {"0": [0]}}}' % ("@" * 20_000), id="name_of_marks"),
+        pytest.param('{"schema": 1, "initializers": {}, "added": 5}', id="added_number"),
+        pytest.param('{"schema": 1, "initializers": {}, "added": "x"}', id="added_text"),
+        pytest.param('{"schema": 1, "initializers": {}, "added": [1]}', id="added_list"),
+        pytest.param('{"schema": 1, "initializers": {}, "added": {"b": 5}}', id="added_entry_number"),
+        pytest.param(
+            '{"schema": 1, "initializers": {}, "added": {"b": {"node": "n", "input": "0", "replaces": ""}}}',
+            id="added_input_text",
+        ),
+        pytest.param('{"schema": 1, "initializers": {}, "model": {"inputs": {"x": "12"}}}', id="shape_text"),
+        pytest.param('{"schema": 1, "initializers": {}, "model": {"inputs": {"x": [1.5]}}}', id="shape_fraction"),
+        pytest.param(json.dumps({"schema": 1, "initializers": {}, "model": {"inputs": {"x": [1] * 65}}}), id="axes"),
     ],
 )
 def test_malformed_text_is_a_model_error(text: str) -> None:
@@ -125,6 +138,15 @@ def test_plan_that_does_not_fit_is_refused(change: Callable[[dict[str, Any]], ob
     with pytest.raises(onnxprune.OnnxPruneError) as caught:
         onnxprune.apply(model, edited(result.plan, change))
     assert caught.value.exit_code in (3, 5)
+
+
+@pytest.mark.parametrize("shape", [[], [0, 1, 8, 8], [1, 1, 8, 10**30], [1, 1, 9, 8]], ids=str)
+def test_plan_of_other_inputs_is_to_blame_itself(shape: list[int], tmp_path: Path) -> None:
+    """Input shapes of a plan that the model cannot take are the plan's fault, not that of an option nobody gave."""
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"schema": 1, "initializers": {}, "model": {"inputs": {"image": shape}}}))
+    with pytest.raises(onnxprune.ModelError, match=r"^the plan is of a model with other inputs: image: \["):
+        onnxprune.apply(FIXTURES / "digits" / "digits.onnx", path)
 
 
 # -- groups of a convolution: each keeps channels of its own -------------------------------------------------------------
