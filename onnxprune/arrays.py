@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import lzma
 import math
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -93,8 +94,15 @@ def entry(path: Path, name: str, opened: Callable[[], IO[bytes]]) -> Entry:
     version = np.lib.format.read_magic(head)
     if version not in _HEADERS:
         raise ValueError(f"array {name!r} is of .npy version {version}")
-    shape, fortran, dtype = _HEADERS[version](head)
-    if min(shape, default=0) < 0:
+    try:
+        shape, fortran, dtype = _HEADERS[version](head)
+    except (
+        IndexError,
+        TypeError,
+        tokenize.TokenError,
+    ) as error:  # numpy parses Python, and checks no more than it needs
+        raise ValueError(f"array {name!r} has a broken header: {error}") from error
+    if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"array {name!r} has shape {shape}")
     return Entry(path, name, opened, shape, fortran, dtype, head.tell())
 
@@ -130,9 +138,11 @@ def tensor(path: Path) -> tuple[str, np.ndarray]:
             raise FileError(f"{path}: not an ONNX tensor") from error
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise FileError(f"{path}: keeps its values in another file, which is not read; store them inside")
+        if tensor.data_type in (onnx.TensorProto.STRING, onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
+            raise FileError(f"{path}: holds texts or complex numbers; only plain numbers are read")
         try:
             return tensor.name, numpy_helper.to_array(tensor)
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:  # KeyError: a data type that does not exist
             raise FileError(f"{path}: not a complete ONNX tensor ({error})") from error
 
 

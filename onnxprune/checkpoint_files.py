@@ -192,15 +192,23 @@ def _read_torch(path: pathlib.Path) -> Checkpoint:
         raise ModelError(f"{path}: holds no state dict, neither by itself nor as {', '.join(NESTED)}")
     found, places = {}, defaultdict(list)
     for name, tensor in _tensors(state):
-        if tensor.layout != torch.strided or tensor.is_quantized:
+        if not _is_plain(tensor):
             continue  # stays as it is; slicing it is refused, for it is no parameter
-        flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+        flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
         items = flat.view(torch.uint8).numpy().view(f"V{tensor.element_size()}")
         found[name] = Parameter(str(tensor.dtype).removeprefix("torch."), items.reshape(tuple(tensor.shape)))
         if tensor.numel():
             places[tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype].append(name)
     twins = {name: tuple(n for n in names if n != name) for names in places.values() for name in names}
     return Checkpoint(found, twins, content=content, nested=nested)
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor holds every one of its elements, which sparse, quantized, nested, meta and expanded ones do not."""
+    import torch  # noqa: PLC0415 (an extra)
+
+    dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
+    return dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _entry(content: Any, key: str) -> Any:

@@ -26,6 +26,7 @@ from onnxprune.arrays import IMAGES, Entry, Inputs, Shape, open_entries, picture
 from onnxprune.errors import UsageError
 
 Part = Literal["all", "search", "check"]
+_NUMBER = r"_(\d{1,18})"  # of a sample; Python itself refuses to read numbers of thousands of digits
 _WANTED = {"label": ("label", "labels"), "target": ("target", "targets")}
 
 
@@ -216,7 +217,7 @@ def _column(entries: Mapping[str, Entry], name: str) -> Entry | list[Entry] | No
     """One array of all samples, or the arrays NAME_000, NAME_001, ..., or None."""
     if name in entries:
         return entries[name]
-    pattern = re.compile(re.escape(name) + r"_(\d+)")
+    pattern = re.compile(re.escape(name) + _NUMBER)
     numbered = {int(found[1]): entry for key, entry in entries.items() if (found := pattern.fullmatch(key))}
     return [numbered[number] for number in sorted(numbered)] or None
 
@@ -241,7 +242,7 @@ def _sources(where: Path, entries: Mapping[str, Entry], inputs: Inputs, notes: l
     missing = [name for name in inputs if not _column(entries, name)]
     if not missing:
         return {name: name for name in inputs} | wanted
-    stems = {key: re.sub(r"_\d+$", "", key) for key in entries}
+    stems = {key: re.sub(f"{_NUMBER}$", "", key) for key in entries}
     reserved = {key for names in keys.values() for key in names}
     others = {stem: entries[key] for key, stem in stems.items() if not reserved & {key, stem}}
     if len(inputs) == 1:

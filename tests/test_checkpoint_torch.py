@@ -204,3 +204,27 @@ def test_files_without_a_state_dict(content: Any, message: str, tmp_path: Path) 
     with pytest.raises(ModelError, match=message.replace("(", r"\(").replace(")", r"\)")):
         onnxprune.apply_checkpoint(Plan({}, ()), tmp_path / "in.pt", tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
+
+
+HOLLOW = {
+    "giant": lambda: torch.zeros(2, 1).expand(2, 1 << 33),
+    "expanded": lambda: torch.zeros(2, 1).expand(2, 4),
+    "meta": lambda: torch.empty(2, 4, device="meta"),
+    "sparse": lambda: torch.zeros(2, 4).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", HOLLOW)
+def test_tensors_without_elements_of_their_own(kind: str, tmp_path: Path) -> None:
+    """What claims more elements than the file holds is never unfolded: it stays as it is, and slicing it is refused."""
+    torch.save({"w": HOLLOW[kind](), "strided": torch.arange(6.0).reshape(3, 2)[:, 1]}, tmp_path / "in.pt")
+    onnxprune.apply_checkpoint(Plan({"strided": {0: [0, 2]}}, ()), tmp_path / "in.pt", tmp_path / "out.pt")
+    written = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert written["strided"].tolist() == [1, 5]
+    assert written["w"].is_nested or written["w"].shape == HOLLOW[kind]().shape
+    with pytest.raises(ModelError, match="1 tensors of the plan are no parameters"):
+        onnxprune.apply_checkpoint(Plan({"w": {0: [0]}}, ()), tmp_path / "in.pt", tmp_path / "o.pt")
+    with pytest.raises(UsageError, match="w, which is no plain tensor"):
+        onnxprune.apply_checkpoint(Plan({}, ()), tmp_path / "in.pt", tmp_path / "o.safetensors")

@@ -464,9 +464,14 @@ def test_content_that_does_not_fit(
         load(npz(tmp_path, **arrays), inputs, **options)
 
 
-def header(shape: tuple[int, ...], dtype: str = "<f4", fortran: bool = False) -> bytes:
+def header(shape: tuple[int, ...], dtype: object = "<f4", fortran: bool = False) -> bytes:
     """Return the beginning of a .npy file that declares an array."""
-    text = f"{{'descr': {dtype!r}, 'fortran_order': {fortran}, 'shape': {shape}, }}".encode()
+    return written(f"{{'descr': {dtype!r}, 'fortran_order': {fortran}, 'shape': {shape}, }}")
+
+
+def written(header: str) -> bytes:
+    """Return the beginning of a .npy file with this header."""
+    text = header.encode()
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 
 
@@ -478,6 +483,10 @@ def header(shape: tuple[int, ...], dtype: str = "<f4", fortran: bool = False) ->
         pytest.param("x.npy", header((-2, 1, 4, 4)), r"shape \(-2, 1, 4, 4\)", id="negative-size"),
         pytest.param("x.npy", header((2, 1, 4, 4), "|O"), "type object; only plain numbers", id="pickled-objects"),
         pytest.param("x.npy", header((2, 1, 4, 4), "<U3"), "type <U3; only plain numbers", id="text"),
+        pytest.param("x.npy", header((True, 1, 4, 4)), r"shape \(True, 1, 4, 4\)", id="truth-as-size"),
+        pytest.param("x.npy", header((2, 1, 4, 4), ()), "'x' has a broken header", id="empty-type"),
+        pytest.param("x.npy", written("{"), "'x' has a broken header", id="unclosed-header"),
+        pytest.param("x.npy", written("{[]: 1}"), "'x' has a broken header", id="unhashable-key"),
         pytest.param("x.npy", b"\x93NUMPY\x09\x00" + bytes(100), "version", id="unknown-version"),
         pytest.param("x.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(100), "damaged", id="giant-header"),
         pytest.param("x.npy", b"hello", "damaged, or not what its name says", id="not-npy"),
@@ -517,6 +526,29 @@ def test_missing_path(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileError, match="no such file or folder") as caught:
         load(tmp_path / name, ANY_SIZE)
     assert caught.value.exit_code == 7
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (TensorProto(dims=[1], data_type=99, raw_data=bytes(4)), "not a complete ONNX tensor"),
+        (TensorProto(dims=[1], data_type=-1, raw_data=bytes(4)), "not a complete ONNX tensor"),
+        (TensorProto(dims=[1], data_type=TensorProto.STRING, string_data=[b"x"]), "only plain numbers"),
+        (TensorProto(dims=[1], data_type=TensorProto.COMPLEX64, float_data=[1, 1]), "only plain numbers"),
+    ],
+    ids=["unknown-type", "negative-type", "text", "complex"],
+)
+def test_tensor_of_no_numbers(tensor: TensorProto, message: str, tmp_path: Path) -> None:
+    """Tensor files of types that do not exist, or are no plain numbers, are file errors."""
+    (tmp_path / "input_0.pb").write_bytes(tensor.SerializeToString())
+    with pytest.raises(FileError, match=message):
+        load(tmp_path, ANY_SIZE)
+
+
+def test_array_with_a_giant_number(tmp_path: Path) -> None:
+    """What follows the name of an input is a sample's number only where it can be one."""
+    with pytest.raises(UsageError, match="no array for input 'x'"):
+        load(npz(tmp_path, **{f"x_{'9' * 5000}": floats(1, 1, 4, 4), "x_y": floats(1, 1, 4, 4)}), ANY_SIZE)
 
 
 def test_external_tensor_is_not_followed(tmp_path: Path) -> None:
