@@ -14,6 +14,9 @@ from onnxprune.difference import difference
 from onnxprune.errors import FileError, UsageError
 from onnxprune.report import text
 
+FOREIGN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What making a page raises of values that no report holds: of another type, without end, or no Unicode."""
+
 
 @cli.commands.command("report")  # type: ignore[has-type]  # the two modules import each other
 @click.argument("source", type=click.Path(), metavar="R.json")
@@ -45,6 +48,8 @@ def report(source: str, **given: Any) -> None:
             cli._write_html(given["html_path"], content)
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from error
+        except FOREIGN as error:
+            raise UsageError(f"{source}: is no report that onnxprune wrote ({error!r:.200}); write it again") from error
         if not given["quiet"]:
             cli.say(f"written  {target}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,13 @@ from onnxprune.passes.rank import Ranking
 def bundle_id(bundle: Bundle) -> str:
     """Ids of the groups that a bundle consists of."""
     return "+".join(group.id for group in bundle.groups)
+
+
+def _finite(value: float | str) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"error {number}")
+    return number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,10 +58,10 @@ class Sensitivities:
                 if row.get("size") is not None:
                     sizes[str(row["group"])] = int(row["size"])
                 if row["error"] is not None:
-                    errors.setdefault(str(row["group"]), {})[int(row["removed"])] = float(row["error"])
+                    errors.setdefault(str(row["group"]), {})[int(row["removed"])] = _finite(row["error"])
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(f"{path}: the sensitivity table cannot be read ({error})") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(f"{path}: is not a table that onnxprune sensitivity wrote ({error!r})") from error
         if sha256 and measured and sha256 != measured:
             raise ModelError(

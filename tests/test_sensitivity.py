@@ -307,6 +307,24 @@ def test_resume_refuses_the_table_of_another_model(written: Path) -> None:
     assert (result.exit_code, "another model" in result.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("group", []), ("name", None), ("size", 0.5), ("share", "x"), ("drop", "x"),
+        pytest.param("error", 10**400, id="giant"), ("note", "\ud800"),
+        (".model", []), (".metric", 5), (".before", {}), (".run", None),
+    ],
+)  # fmt: skip
+def test_resume_refuses_other_types(written: Path, name: str, value: Any) -> None:
+    """A table whose fields hold what no measurement writes there is refused, and stays."""
+    content = json.loads(written.read_text())
+    (content if name.startswith(".") else content["rows"][0])[name.removeprefix(".")] = value
+    written.write_text(text := json.dumps(content))
+    result = run(*ARGS, "--data", DATA, "--metric", "top1", "--json", written, "--resume")
+    assert (result.exit_code, "is no table of onnxprune sensitivity" in result.stderr) == (2, True)
+    assert written.read_text() == text
+
+
 def test_existing_tables_stay(written: Path) -> None:
     """Without --resume or --force an existing file is refused, as is one that is no table, and each stays as it is."""
     before = written.read_bytes()
@@ -408,6 +426,26 @@ def test_errors_of_the_table_are_errors_of_the_ranking(table: Path) -> None:
     read = Sensitivities.read(table)
     assert read.errors["g2"] == {row.removed: row.error for row in rows}
     assert read.sizes["g2"] == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", "Infinity"),
+        ("removed", "Infinity"),
+        ("error", "1e400"),
+        ("error", "NaN"),
+        pytest.param("error", "1" + "0" * 400, id="giant"),
+    ],
+)
+def test_numbers_without_end_are_refused(table: Path, name: str, value: str, tmp_path: Path) -> None:
+    """Nothing that was measured is infinite."""
+    content = json.loads(table.read_text())
+    content["rows"][0][name] = "here"
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(content).replace('"here"', value))
+    with pytest.raises(ModelError, match="is not a table that onnxprune sensitivity wrote"):
+        Sensitivities.read(path)
 
 
 def test_the_table_of_another_model_is_refused(table: Path, tmp_path: Path) -> None:

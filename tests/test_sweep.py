@@ -471,6 +471,29 @@ def test_a_table_is_not_lost_by_mistake(tmp_path: Path) -> None:
     ok(*args, path, "--force")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "\ud800"), ("preset", None), ("criterion", 5), ("mac", "x"), ("mac", True), ("params", []),
+        pytest.param("bandwidth", 10**400, id="giant"), ("proof", 1), ("seconds", None), ("run", {}), ("output", 5),
+        ("error", {"code": "x", "message": "m"}), ("target", {"kind": 5, "requested": 0.5}), ("quality.metric", None),
+        ("quality.after", "x"), ("quality.drop", None), ("quality.samples", 0.5),
+    ],
+)  # fmt: skip
+def test_rows_of_other_types_are_no_table(name: str, value: Any, tmp_path: Path) -> None:
+    """A table whose fields hold what no sweep writes there is refused on reading, before a run or a page meets it."""
+    measured = rows.Measured("top1", 0.9, 0.8, 0.1, 100)
+    content = rows.to_json([rows.Row("m.onnx", "d", "l2", "none", "mac", 0.5, 0.5, 0.5, 0.5, (measured,))], {})
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(content))
+    assert len(rows.read(path)) == 1
+    row = content["rows"][0]
+    (row["quality"][0] if name.startswith("quality.") else row)[name.removeprefix("quality.")] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="is no table of a sweep"):
+        rows.read(path)
+
+
 def test_models_are_never_taken_for_tables(tmp_path: Path) -> None:
     """A table that would go over a model or a picture is refused, and so is one that is some other file."""
     model = tmp_path / "m.onnx"

@@ -6,14 +6,15 @@ import csv
 import io
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from onnxprune.errors import FileError, UsageError
 from onnxprune.passes.validate import Quality, drop
 
+T = TypeVar("T")
 QUALITY = ("before", "after", "drop", "samples")
 
 
@@ -84,6 +85,26 @@ class Row:
     def line(self) -> tuple[str, ...]:
         """What it shares with the runs that differ from it in the target alone."""
         return (self.model, self.preset, self.criterion, self.compensation)
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str) and value == value.encode(errors="ignore").decode(),
+    "int": lambda value: type(value) is int and abs(value) < 1 << 63,
+    "float": lambda value: isinstance(value, float) or _FITS["int"](value),
+    "bool": lambda value: isinstance(value, bool),
+    "None": lambda value: value is None,
+}
+"""What a field may hold that is declared so: texts are Unicode, numbers such as machines compute with."""
+
+
+def checked(row: T) -> T:
+    """Return a row that was read from a file; :class:`ValueError` where a plain field of it is not what it declares."""
+    for each in fields(row):  # type: ignore[arg-type]
+        fits = [_FITS[kind] for kind in str(each.type).split(" | ") if kind in _FITS]
+        value = getattr(row, each.name)
+        if fits and not any(fit(value) for fit in fits):
+            raise ValueError(f"{each.name} is {value!r:.40}")
+    return row
 
 
 _NUMBERS = ("target", "mac", "params", "bandwidth", "seconds")
@@ -163,13 +184,13 @@ def from_csv(text: str) -> list[Row]:
         given |= {name: float(cells[name]) if cells[name] else None for name in _NUMBERS}
         given |= {name: cells[name] == "true" if cells[name] else None for name in _TRUTHS}
         quality = tuple(_measured(metric, cells) for metric in metrics if cells[f"{metric}_before"])
-        rows.append(Row(**{**given, "code": int(cells["code"]), "quality": quality}))
+        rows.append(checked(Row(**{**given, "code": int(cells["code"]), "quality": quality})))
     return rows
 
 
 def _measured(metric: str, cells: Mapping[str, str]) -> Measured:
     before, after, lost, samples = (cells[f"{metric}_{part}"] for part in QUALITY)
-    return Measured(metric, float(before), float(after), float(lost), int(samples))
+    return checked(Measured(metric, float(before), float(after), float(lost), int(samples)))
 
 
 # -- JSON ------------------------------------------------------------------------------------------------------------
@@ -207,13 +228,13 @@ def from_json(text: str) -> list[Row]:
 def from_plain(content: Any) -> list[Row]:
     """Take rows from what :func:`to_json` returned; :class:`ValueError` where it is something else."""
     try:
-        return [
+        rows = [
             Row(
                 **{name: each[name] for name in _FIELDS if name in each and name not in ("target", "output", "error")}
                 | {
                     "kind": each["target"]["kind"],
                     "target": each["target"]["requested"],
-                    "quality": tuple(Measured(**measured) for measured in each["quality"]),
+                    "quality": tuple(checked(Measured(**measured)) for measured in each["quality"]),
                     "output": each["output"] or "",
                     "code": each["error"]["code"] if each["error"] else 0,
                     "error": each["error"]["message"] if each["error"] else "",
@@ -221,6 +242,7 @@ def from_plain(content: Any) -> list[Row]:
             )
             for each in content.get("rows", ())
         ]
+        return [checked(row) for row in rows]
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError("holds no rows of a sweep") from error
 

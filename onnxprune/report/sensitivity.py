@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from onnxprune.errors import FileError, UsageError
+from onnxprune.report.rows import checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +122,11 @@ class SensitivityTable:
         try:
             content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
             header = {name: content[name] for name in ("model", "options", "metric", "before", "samples", "run")}
-            rows = tuple(SensitivityRow(**row) for row in content["rows"])
-            return cls(**header, rows=rows, notes=tuple(content["notes"]))
+            if not isinstance(content["model"], dict) or not isinstance(content["options"], dict):
+                raise ValueError("model and options are tables")
+            rows = tuple(checked(SensitivityRow(**row)) for row in content["rows"])
+            return checked(cls(**header, rows=rows, notes=tuple(content["notes"])))
         except OSError as error:
             raise FileError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UsageError(f"{path}: is no table of onnxprune sensitivity; choose another name") from error
+            raise UsageError(f"{path}: is no table of onnxprune sensitivity ({error}); choose another name") from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import operator
 import pathlib
 import re
 import shutil
 import sys
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -145,6 +148,29 @@ def test_reports_of_other_kinds_are_refused(pruned: tuple[str, dict[str, Any]], 
     assert "layers[].groups" in found.output
     for source in (tmp_path, "."):
         assert run("report", source).exit_code == 7
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        pytest.param(("cost",), 5, id="number"),
+        pytest.param(("layers",), [None], id="null"),
+        pytest.param(("timings",), ["x"], id="list"),
+        pytest.param(("cost", "before", "mac"), "x", id="text"),
+        pytest.param(("cost", "before", "mac"), 10**400, id="giant"),
+        pytest.param(("input", "path"), "\ud800", id="surrogate"),
+    ],
+)
+def test_values_of_other_types_are_refused(
+    pruned: tuple[str, dict[str, Any]], path: tuple[str | int, ...], value: Any, tmp_path: pathlib.Path
+) -> None:
+    """A report that holds what no command writes ends in one message with the file's name, and no page."""
+    report = copy.deepcopy(pruned[1])
+    reduce(operator.getitem, path[:-1], report)[path[-1]] = value
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    found = run("report", tmp_path / "r.json")
+    assert (found.exit_code, "r.json: " in found.stderr, len(found.stderr.splitlines())) == (2, True, 1)
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_columns_show_what_their_heads_say(pruned: tuple[str, dict[str, Any]]) -> None:
