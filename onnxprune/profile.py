@@ -6,7 +6,9 @@ to two: for input channels and for output channels.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +27,8 @@ PARENTS = {
 FirstConv reads an input of the graph; a GroupedConv's numbers hold for the channels of each group; MatMul covers Gemm.
 """
 
-MOST = 1 << 20
-"""More channels than any layer has."""
+MOST, MOST_FORBIDDEN = 1 << 20, 1 << 16
+"""More channels than any layer has, and how many counts a list may forbid."""
 
 Sides = tuple[int, int]
 """A number for input channels and one for output channels."""
@@ -144,8 +146,10 @@ def _table(table: Any, where: str) -> dict[str, Sides]:
     found = {}
     for kind, value in _entries(table, where):
         sides = value if isinstance(value, list) else [value, value]
-        if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
-            raise UsageError(f"{where} {kind}: {value!r} is neither a number above 0 nor two, for inputs and outputs")
+        if len(sides) != 2 or not all(type(n) is int and 0 < n <= MOST for n in sides):
+            raise UsageError(
+                f"{where} {kind}: {value!r:.80} is neither a number above 0 nor two, for inputs and outputs, {MOST} at most"
+            )
         found[kind] = (sides[0], sides[1])
     return found
 
@@ -161,10 +165,18 @@ def _forbidden(table: Any, where: str) -> dict[str, tuple[frozenset[int], frozen
 
 
 def _counts(items: Any, where: str) -> frozenset[int]:
-    counts: set[int] = set()
-    for item in items if isinstance(items, list) else [items]:
-        low, dash, high = str(item).partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()) or not int(low) <= int(high or low) < MOST:
-            raise UsageError(f"{where}: {item!r} is neither a count nor a range like '33-47'")
-        counts.update(range(int(low), int(high or low) + 1))
-    return frozenset(counts)
+    spans = [_span(item, where) for item in (items if isinstance(items, list) else [items])]
+    if sum(map(len, spans)) > MOST_FORBIDDEN:
+        raise UsageError(
+            f"{where}: more than {MOST_FORBIDDEN} counts; forbid fewer, multiples and min_channels say the rest"
+        )
+    return frozenset(itertools.chain.from_iterable(spans))
+
+
+def _span(item: Any, where: str) -> range:
+    """Counts that a number, or a text like ``33-47``, means."""
+    found = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", str(item))
+    low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if not low <= high < MOST:
+        raise UsageError(f"{where}: {item!r:.80} is neither a count nor a range like '33-47'")
+    return range(low, high + 1)

@@ -388,6 +388,11 @@ def test_hard_profiles_name_what_they_do_not_take() -> None:
         pytest.param("hard = 'yes'", "hard is true or false", id="hard"),
         pytest.param("sources = 'here'", "sources is a list", id="sources"),
         pytest.param("[forbidden]\nConv = [8]", "give inputs and outputs", id="forbidden"),
+        pytest.param("[multiples]\nConv = 99999999999999999999", "1048576 at most", id="giant-multiple"),
+        pytest.param("[array]\nConv = 9223372036854775807", "1048576 at most", id="giant-array"),
+        pytest.param(f"[forbidden.Conv]\ninputs = '{'1' * 5000}'", "neither a count nor a range", id="giant-count"),
+        pytest.param("[forbidden.Conv]\ninputs = ['0-70000']", "more than 65536 counts", id="giant-range"),
+        pytest.param(f"[forbidden.Conv]\ninputs = {['0-999'] * 1500}", "more than 65536 counts", id="many-ranges"),
         pytest.param("[forbidden.Conv]\ninputs = ['8-x']", "neither a count nor a range", id="range"),
     ],
 )
