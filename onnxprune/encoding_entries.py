@@ -191,13 +191,15 @@ def _nested(entry: Mapping[str, Any], tensor: Tensor) -> dict[str, Any]:
 
 
 def _lengths(nested: Any, key: str, tensor: Tensor) -> tuple[int, ...]:
-    """Shape of nested lists."""
-    if not isinstance(nested, list):
-        return ()
-    inner = {_lengths(one, key, tensor) for one in nested} or {()}
-    if len(inner) > 1:
-        raise tensor.error(f"the lists of {key} differ in length")
-    return (len(nested), *inner.pop())
+    """Shape of nested lists, however deep."""
+    lengths, level = list[int](), [nested]
+    while any(isinstance(one, list) for one in level):
+        found = {len(one) if isinstance(one, list) else None for one in level}
+        if len(found) > 1:
+            raise tensor.error(f"the lists of {key} differ in length")
+        lengths.append(len(level[0]))
+        level = [inner for one in level for inner in one]
+    return tuple(lengths)
 
 
 def _take(nested: list[Any], axis: int, indices: Sequence[int]) -> list[Any]:

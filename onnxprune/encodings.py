@@ -98,6 +98,8 @@ def _part(given: Any, graph: _Graph, where: str, strangers: list[str]) -> Any:
     if listed and not all(isinstance(entry, Mapping) and isinstance(entry.get("name"), str) for entry in given):
         raise UsageError(f"{where}: an entry has no name")
     pairs = [(entry["name"], entry) for entry in given] if listed else list(given.items())
+    if broken := [name for name, _ in pairs if name != name.encode(errors="ignore").decode()]:
+        raise UsageError(f"{where}: {broken[0]!a:.80} is no name of a tensor: half a character is no Unicode")
     done = []
     for name, entry in pairs:
         if not graph.has(name):

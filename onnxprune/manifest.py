@@ -171,10 +171,11 @@ def _digests(directory: pathlib.Path, manifest: Mapping[str, Any]) -> Iterator[t
         listed = [manifest["files"][name] for name in FILES]
         listed += [external for entry in listed for external in entry.get("external", ())]
         files = [(directory / str(entry["path"]), str(entry["sha256"])) for entry in listed]
-    except (KeyError, TypeError, AttributeError) as error:
+        places = [path.resolve() for path, _ in files]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # ValueError: no system has files of such a name
         raise _malformed(directory, error) from error
-    for path, digest in files:
-        if not path.resolve().is_relative_to(directory.resolve()):
+    for (path, digest), place in zip(files, places, strict=True):
+        if not place.is_relative_to(directory.resolve()):
             raise ModelError(f"{directory / FILE}: names {path}, which lies outside the artifact")
         yield path, digest
 

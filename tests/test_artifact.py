@@ -301,6 +301,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "schema": (_edit(lambda m: m.update(schema=2)), onnxprune.ModelError, "schema 2 is unknown"),
     "no_files": (_edit(lambda m: m.pop("files")), onnxprune.ModelError, "not a manifest"),
     "outside": (_edit(lambda m: m["files"]["plan"].update(path="../plan.json")), onnxprune.ModelError, "outside"),
+    "nul": (_edit(lambda m: m["files"]["plan"].update(path="\0")), onnxprune.ModelError, "not a manifest"),
+    "surrogate": (_edit(lambda m: m["files"]["plan"].update(path="\ud800")), onnxprune.ModelError, "not a manifest"),
     "no_groups": (_edit(lambda m: m.pop("regularizer")), onnxprune.ModelError, "not a manifest"),
     "channels": (
         _edit(lambda m: m["regularizer"]["groups"][0]["members"][0].update(channels=["a"])),

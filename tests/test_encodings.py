@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,10 @@ WRONG = [
     ({"axis": 0, "block_size": 4, "y_scale": [[1.0] * 5, 1.0, [1.0] * 5]}, "lists of y_scale differ in length"),
     ({"axis": 0, "block_size": 4, "y_scale": [[[1.0], [2.0, 3.0]]] * 3}, "lists of y_scale differ in length"),
     ({"axis": 0, "block_size": 4, "y_scale": [[], [], []]}, "y_scale has 0 entries along axis 1, 5 were expected"),
+    (
+        {"axis": 0, "block_size": 4, "y_scale": reduce(lambda inner, _: [inner], range(5000), 1.0)},
+        "y_scale has 5000 axes",
+    ),
     ({"axis": True, "y_scale": [1.0] * 5}, "do not say of which axis"),
     ({"axis": 0, "block_size": True, "y_scale": [[1.0] * 5] * 12}, "block_size True is no length"),
     ({"axis": 0, "y_scale": [[1.0], [2.0, 3.0]] * 6}, "y_scale holds lists, numbers were expected"),
@@ -475,7 +480,9 @@ def test_wrong_files_are_refused(
     assert not Path("out.onnx").exists()
 
 
-@pytest.mark.parametrize("content", [[], {"version": "1.0.0"}, {"encodings": 3}, {"encodings": [{"scale": 1}]}])
+@pytest.mark.parametrize(
+    "content", [[], {"version": "1.0.0"}, {"encodings": 3}, {"encodings": [{"scale": 1}]}, {"encodings": {"\ud800": 1}}]
+)
 def test_other_json_is_refused(content: Any, files: Path, network: onnx.ModelProto) -> None:
     """JSON of another form is not taken for encodings."""
     (files / "in.json").write_text(json.dumps(content))

@@ -62,6 +62,7 @@ class Losses:
         terms = {}
         if self.task == "cross-entropy":
             assert label is not None
+            _require_classes(label, outputs[0])
             terms["task"] = functional.cross_entropy(outputs[0], label)
         elif self.task != "none":
             assert target is not None
@@ -88,6 +89,14 @@ class Losses:
             functional.mse_loss(mine[name], teachers[name]) / teachers[name].var().clamp(min=1e-12) for name in mine
         ]
         return self.features * torch.stack(distances).mean()
+
+
+def _require_classes(label: Tensor, scores: Tensor) -> None:
+    """Raise :class:`UsageError` where labels are not a class number per row (or pixel) of scores, classes on axis 1."""
+    if scores.ndim < 2 or label.shape != (len(scores), *scores.shape[2:]):
+        raise UsageError(f"labels have shape {tuple(label.shape)}, outputs {tuple(scores.shape)}")
+    if strangers := label[(label < 0) | (label >= scores.shape[1])].tolist():
+        raise UsageError(f"label {strangers[0]} is none of the {scores.shape[1]} classes, which are numbered from 0")
 
 
 def losses_for(

@@ -51,6 +51,24 @@ def test_distances_to_targets(loss: str, value: float) -> None:
     assert terms["task"].item() == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        pytest.param([-1], "label -1 is none of the 3 classes", id="negative"),
+        pytest.param([-100], "label -100 is none", id="what-torch-passes-over"),
+        pytest.param([3], "label 3 is none", id="large"),
+        pytest.param([0, 1], r"labels have shape \(2,\), outputs \(1, 3\)", id="count"),
+        pytest.param([[0]], r"labels have shape \(1, 1\)", id="axes"),
+    ],
+)
+def test_labels_are_classes_of_the_output(label: list, message: str) -> None:
+    """A label that is no class of the output, or that no row of the output is for, is told."""
+    losses = resolve(Recipe(distill=0.0), labels=True)
+    assert losses.terms([A], A, None, torch.tensor([2]))["task"].item() == pytest.approx(0.1698, abs=1e-3)
+    with pytest.raises(UsageError, match=message):
+        losses.terms([A], A, None, torch.tensor(label))
+
+
 def test_a_residual_network_is_compared_with_what_is_wrong_with_its_input() -> None:
     """Output residual: the target of the output is input minus target."""
     entered, clean = torch.tensor([[3.0]]), torch.tensor([[1.0]])
