@@ -266,8 +266,12 @@ def tensors_beside(checkpoint: Checkpoint) -> Iterator[str]:
 def _holds_tensors(value: Any) -> bool:
     import torch  # noqa: PLC0415 (an extra)
 
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensors, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_holds_tensors, value))
-    return torch.is_tensor(value) and value.dim() > 0
+    waiting, seen = [value], set[int]()  # what is pickled may hold itself, or the same a million times
+    while waiting:
+        one = waiting.pop()
+        if torch.is_tensor(one) and one.dim() > 0:
+            return True
+        if isinstance(one, Mapping | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, Mapping) else one
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,13 @@ def test_tensors_without_elements_of_their_own(kind: str, tmp_path: Path) -> Non
         onnxprune.apply_checkpoint(Plan({"w": {0: [0]}}, ()), tmp_path / "in.pt", tmp_path / "o.pt")
     with pytest.raises(UsageError, match="w, which is no plain tensor"):
         onnxprune.apply_checkpoint(Plan({}, ()), tmp_path / "in.pt", tmp_path / "o.safetensors")
+
+
+def test_content_that_holds_itself(tmp_path: Path) -> None:
+    """Lists that hold themselves, or one another over and over, are searched for tensors once."""
+    itself: list[Any] = []
+    itself.append(itself)
+    doubled = reduce(lambda inner, _: [inner, inner], range(40), [])
+    torch.save({"state_dict": {"w": torch.zeros(4)}, "itself": itself, "doubled": doubled}, tmp_path / "in.pt")
+    plan = Plan({"w": {0: [0]}}, ())
+    assert onnxprune.apply_checkpoint(plan, tmp_path / "in.pt", tmp_path / "out.pt").notes == ()
