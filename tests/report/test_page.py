@@ -159,7 +159,6 @@ def test_reports_of_other_kinds_are_refused(pruned: tuple[str, dict[str, Any]], 
         pytest.param(("cost", "before", "mac"), "x", id="text"),
         pytest.param(("cost", "before", "mac"), 10**400, id="giant"),
         pytest.param(("input", "path"), "\ud800", id="surrogate"),
-        pytest.param(("pictures", 0, "wanted"), "http://example.org/seen.png", id="fetched-picture"),
     ],
 )
 def test_values_of_other_types_are_refused(
