@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from onnxprune.checkpoint_files import Checkpoint
 from onnxprune.errors import FileError, ModelError, UsageError
+from onnxprune.model import any_begins
 from onnxprune.plan import Plan
 from onnxprune.slices import Slices, take
 
@@ -134,7 +134,7 @@ def cuts(plan: Plan, checkpoint: Checkpoint, mapped: Mapped) -> dict[str, Cut]:
     for tensor, slices in plan.initializers.items():
         if not slices and tensor not in mapped:
             continue
-        if tensor not in mapped and (tensor not in checkpoint.parameters or _has_reader(tensor, strangers)):
+        if tensor not in mapped and (tensor not in checkpoint.parameters or any_begins(strangers, f"{tensor}@")):
             unknown.append(tensor)
         for target in mapped.get(tensor, (Target(tensor),)):
             if target.name not in checkpoint.parameters:
@@ -150,12 +150,6 @@ def cuts(plan: Plan, checkpoint: Checkpoint, mapped: Mapped) -> dict[str, Cut]:
     if gone:
         raise UsageError(f"the map names parameters that the checkpoint does not have: {', '.join(gone)}")
     return {name: found[name] for name in checkpoint.parameters if name in found and found[name].slices}
-
-
-def _has_reader(tensor: str, names: list[str]) -> bool:
-    """Whether one of some sorted names is a key ``NAME@FIRST_OUTPUT`` of a tensor: a slice for one of its readers."""
-    place = bisect_left(names, f"{tensor}@")
-    return place < len(names) and names[place].startswith(f"{tensor}@")
 
 
 def _cut(tensor: str, slices: Slices, target: Target) -> Cut:

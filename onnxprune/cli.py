@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from onnxprune import onnx_io, pipeline, quality, report, runtime
 from onnxprune import profile as profiles
 from onnxprune.arrays import SAMPLES
+from onnxprune.coupling import ATTENTION
 from onnxprune.encodings import SlicedEncodings, slice_encodings
 from onnxprune.errors import FileError, OnnxPruneError, QualityError, UsageError
 from onnxprune.files import alone_in, read_toml, require_plain
@@ -33,7 +34,6 @@ from onnxprune.options import COMPENSATE, MEASURED, Options, silent
 from onnxprune.options import Progress as RunProgress
 from onnxprune.parameters import Amount, InputShape, Numbers, Time
 from onnxprune.passes.allocate import ALLOCATIONS
-from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import NAMES
 from onnxprune.passes.select import PRESETS
 from onnxprune.report import Report, page, text

@@ -13,6 +13,9 @@ from onnxprune.errors import ModelError
 from onnxprune.labels import Atom, Axis, Contraction, Ledger, Reason, is_fixed, length
 from onnxprune.model import Model
 
+ATTENTION = ("auto", "dims", "heads")
+"""What shrinks in attention: dimensions inside every head, whole heads, or (auto) dimensions where they can."""
+
 
 def distinct(values: np.ndarray) -> np.ndarray:
     """Distinct integers, ascending. ``numpy.unique`` hashes, which is several times slower on long arrays."""

@@ -335,7 +335,7 @@ class Ledger:
     def _constant(self, constant: Constant, node: Node) -> dict[int, Atom]:
         # Vectors are shared by exporters between unrelated layers (equal biases), so each reader has labels of its own.
         # A copy is called NAME@READER; where the file itself has such names, all readers share one slice.
-        own = constant.is_vector and constant.name not in (self.original or self.model).names_before_at
+        own = constant.is_vector and not (self.original or self.model).has_copies(constant.name)
         return self.constants.setdefault((constant.name, node.key if own else ""), {})
 
     def is_weight(self, name: str) -> bool:

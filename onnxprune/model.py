@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -117,10 +118,13 @@ class Model:
         """The constant behind ``name``, through Identity, or None."""
         return self.constants.get(self.aliases.get(name, name))
 
+    def has_copies(self, name: str) -> bool:
+        """Whether a constant is called ``NAME@READER``, as copies of ``name`` are."""
+        return any_begins(self._names, f"{name}@")
+
     @cached_property
-    def names_before_at(self) -> frozenset[str]:
-        """What stands before an "@" in the name of any constant."""
-        return frozenset(name[:place] for name in self.constants for place, letter in enumerate(name) if letter == "@")
+    def _names(self) -> list[str]:
+        return sorted(self.constants)
 
     @cached_property
     def static_values(self) -> Mapping[str, np.ndarray]:
@@ -159,3 +163,9 @@ class Model:
     def producer(self) -> Mapping[str, Node]:
         """The node that computes a tensor."""
         return {name: node for node in self.nodes for name in node.outputs if name}
+
+
+def any_begins(names: Sequence[str], prefix: str) -> bool:
+    """Whether one of some sorted names begins with ``prefix``."""
+    place = bisect_left(names, prefix)
+    return place < len(names) and names[place].startswith(prefix)

@@ -13,11 +13,10 @@ import onnx
 
 from onnxprune import profile as profiles
 from onnxprune import runtime
-from onnxprune.coupling import Coupling
+from onnxprune.coupling import ATTENTION, Coupling
 from onnxprune.errors import UsageError
 from onnxprune.passes.align import permitted
 from onnxprune.passes.allocate import ALLOCATIONS
-from onnxprune.passes.couple import ATTENTION
 from onnxprune.passes.score import check_criterion
 from onnxprune.passes.select import PRESETS, Limits
 from onnxprune.profile import Profile

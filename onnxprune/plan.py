@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.coupling import Coupling
+from onnxprune.coupling import ATTENTION, Coupling
 from onnxprune.errors import ModelError, ProofError
 from onnxprune.slices import Slices
 
@@ -70,7 +70,9 @@ class Plan:
             model = data.get("model", {})
             inputs = {name: _shape(sizes) for name, sizes in model.get("inputs", {}).items()}
             added = {name: _added(entry) for name, entry in data.get("added", {}).items()}
-            attention = str(data.get("attention", "auto"))
+            attention = data.get("attention", "auto")
+            if attention not in ATTENTION:
+                raise ValueError(f"attention {attention!r:.40}")
             return cls(initializers, groups, str(model.get("sha256", "")), inputs, added, attention)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(f"not a plan written by onnxprune ({error!r})") from error

@@ -18,9 +18,6 @@ from onnxprune.labels import Decisions, Ledger, Reason, Split
 from onnxprune.model import Model, Node
 from onnxprune.passes.follow import unfollowed
 
-ATTENTION = ("auto", "dims", "heads")
-"""What shrinks in attention: dimensions inside every head, whole heads, or (auto) dimensions where they can."""
-
 
 def couple(model: Model, ignore: Sequence[str] = (), only: Sequence[str] = (), attention: str = "auto") -> Coupling:
     """Walk the graph once, then solve for classes.
@@ -32,7 +29,7 @@ def couple(model: Model, ignore: Sequence[str] = (), only: Sequence[str] = (), a
     only
         Globs: everything that matches none of them is frozen.
     attention
-        One of :data:`ATTENTION`.
+        One of :data:`onnxprune.coupling.ATTENTION`.
     """
     ledger = walk(model)
     if attention != "auto":

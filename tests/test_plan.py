@@ -84,6 +84,7 @@ def test_json_has_the_documented_form() -> None:
         pytest.param('{"schema": 1, "initializers": {}, "model": 5}', id="model_number"),
         pytest.param('{"schema": 1, "initializers": {"w": {"-1": [0]}}}', id="axis_negative"),
         pytest.param('{"schema": 1, "initializers": {"%s": {"0": [0]}}}' % ("@" * 20_000), id="name_of_marks"),
+        pytest.param('{"schema": 1, "initializers": {}, "attention": "both"}', id="attention"),
         pytest.param('{"schema": 1, "initializers": {}, "added": 5}', id="added_number"),
         pytest.param('{"schema": 1, "initializers": {}, "added": "x"}', id="added_text"),
         pytest.param('{"schema": 1, "initializers": {}, "added": [1]}', id="added_list"),

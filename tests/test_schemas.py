@@ -18,7 +18,7 @@ import onnxprune
 from commands import ok, run
 from graphs import Tiny
 from onnxprune import errors
-from onnxprune.passes.couple import ATTENTION
+from onnxprune.coupling import ATTENTION
 from onnxprune.report.reasons import KINDS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
