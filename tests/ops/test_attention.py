@@ -507,6 +507,36 @@ def test_grouped_heads_keep_multiples(name, unit):
     assert shapes["q.w"] == (FEATURES, 4 * unit)
 
 
+def test_heads_of_queries_go_where_all_read_the_same_keys():
+    """Queries, keys and values in one tensor, four heads and one: columns stay as many, so that the scale does."""
+    t = Projected()
+    lengths = [t.constant(np.array([TOKENS - 1], np.int32)), t.constant(np.array(TOKENS, np.int32))]
+    y, *_ = t.fused(
+        "GroupQueryAttention", t.project("q", 6 * 16), *[""] * 4, *lengths, num_heads=4, kv_num_heads=1, outputs=3
+    )
+    node = oracle.assert_pruned(t.finish(y, 4 * 16), 0.6, attention="heads").model.graph.node
+    attributes = {a.name: helper.get_attribute_value(a) for n in node if n.name == "op" for a in n.attribute}
+    assert attributes["num_heads"] < 4
+    assert attributes["kv_num_heads"] == 1
+    assert "scale" not in attributes
+
+
+@pytest.mark.parametrize("extra", ["", "mask", "bias"])
+def test_tokens_of_queries_stay_where_there_is_a_mask(extra):
+    """Tokens of queries that a product from the left makes may go, with those of an addend, unless a mask is given."""
+    t = Projected()
+    queries = t.node("MatMul", t.random(6, TOKENS, name="made"), t.project("q", 6))
+    added = {
+        "": ["", ""],
+        "mask": [t.constant(np.array([[1, 1, 1, 0, 1]], np.int32)), ""],
+        "bias": ["", t.random(1, 1, 6, TOKENS, name="bias")],
+    }[extra]
+    y = t.fused("MultiHeadAttention", queries, t.project("k", 6), t.project("v", 8), "", *added, num_heads=2)
+    y = t.node("MatMul", t.random(3, 6, name="mixed"), t.linear(y, "z", 8, 3))
+    plan = oracle.assert_pruned(t.build(y), 0.4).plan
+    assert (0 in plan.initializers.get("made", {})) == (extra != "mask")
+
+
 def test_attention_costs_two_products_per_head():
     """Queries times keys and probabilities times values: batch * heads * tokens * tokens * columns each."""
     coupling = oracle.couple_proto(attention(4, 2, size=3, wide=4))

@@ -104,11 +104,11 @@ def quantised_depthwise(per: int | None) -> ModelProto:
     return sandwich(middle, opset=21)
 
 
-def quantised_groups(per: int) -> ModelProto:
+def quantised_groups(per: int, *, zero: bool = True) -> ModelProto:
     """Convolve two groups of four channels to six each."""
 
     def middle(t: Tiny, y: str) -> str:
-        kernel = weight(t, "w", (12, 4, 3, 3), per=per, scale=0.3)
+        kernel = weight(t, "w", (12, 4, 3, 3), per=per, scale=0.3, zero=zero)
         return t.node("Conv", y, kernel, name="c", group=2, pads=[1] * 4)
 
     return sandwich(middle, 8, 12, opset=21)
@@ -329,6 +329,9 @@ CASES = [
     Case("DequantizeLinear", "two-groups-axis0", partial(quantised_groups, 0),
          dict.fromkeys(("a.w/0", "a.b/0", "w/1"), range(8))
          | dict.fromkeys(("w/0", "w.s/0", "w.z/0", "z.w/1"), range(8, 20)), (4, 6)),
+    Case("DequantizeLinear", "two-groups-no-zero-point", partial(quantised_groups, 0, zero=False),
+         dict.fromkeys(("a.w/0", "a.b/0", "w/1"), range(8))
+         | dict.fromkeys(("w/0", "w.s/0", "z.w/1"), range(8, 20)), (4, 6)),
     Case("DequantizeLinear", "two-groups-axis1", partial(quantised_groups, 1),
          {"a.w/0": GROUPS, "a.b/0": GROUPS, "w/1": range(4), "w/0": range(4, 16), "z.w/1": range(4, 16)}
          | dict.fromkeys(("w.s/0", "w.z/0"), range(4)), (4, 6)),

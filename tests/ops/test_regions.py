@@ -41,6 +41,14 @@ def concat_input() -> ModelProto:
     return t.build(t.conv(t.node("Concat", x, t.conv(x, "a", 2, 6), single, name="op", axis=1), "z", 9, 3))
 
 
+def concat_made_rows() -> ModelProto:
+    """Lay rows that a product from the left makes on those of the graph's input, and mix all of them."""
+    t = Tiny()
+    x = t.input(4, 5)
+    y = t.node("Concat", t.node("MatMul", t.random(6, 4, name="a.w"), x), x, name="op", axis=0)
+    return t.build(t.node("MatMul", t.random(3, 10, name="z.w"), y))
+
+
 def concat_flat() -> ModelProto:
     """Concatenate flattened maps with features."""
     t = Tiny()
@@ -201,6 +209,8 @@ CASES = [
     Case("Concat", "rows", concat_space,
          A | {"b.w/0": range(6), "b.b/0": range(6), "z.w/1": range(6)}, (6,)),
     Case("Concat", "input-and-constant", concat_input, A | {"z.w/1": [-1, -1, *range(6), -1]}, (6,),
+         {"z.w/1": ("op", "Concat", "cannot shrink")}),
+    Case("Concat", "made-rows", concat_made_rows, {"a.w/0": range(6), "z.w/1": [*range(6), -1, -1, -1, -1]}, (6,),
          {"z.w/1": ("op", "Concat", "cannot shrink")}),
     Case("Concat", "flat-maps", concat_flat, {
         "a.w/0": range(4), "a.b/0": range(4), "b.w/1": range(4, 9), "b.b/0": range(4, 9),
