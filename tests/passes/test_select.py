@@ -498,16 +498,3 @@ def test_pairs_that_are_tried_are_those_that_gain_most_for_their_cost() -> None:
     cheap = [(block, 1, 1.5, np.array([1.0])) for block in (100, 101)]
     best, *_ = _moves([*dear, *cheap], left=np.array([2.0]), limits=np.array([100.0]))
     assert sorted(best) == [(100, 1), (101, 1)]
-
-
-def test_groups_that_cost_nothing_to_compute_are_scored_as_they_are() -> None:
-    """Columns of a table that is looked up and summed have weights and no MAC: their scores are not divided by nothing."""
-    t = Tiny()
-    ids = t.input(1, 4, name="ids", kind=TensorProto.INT64)
-    rows = t.node("Gather", t.random(9, 6, name="table"), ids)
-    summed = t.node("ReduceSum", rows, t.constant([2]))
-    layers = t.linear(t.linear(t.input(1, 5), "a", 5, 8), "z", 8, 4)
-    own = case_of(t.build(t.node("Add", summed, layers)))
-    assert len(own.groups) == 2
-    found = effective_scores(own.cost, own.scores, own.groups, PRESETS["a"])
-    assert np.isfinite(found[np.concatenate([group.classes for group in own.groups])]).all()
