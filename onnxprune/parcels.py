@@ -94,13 +94,11 @@ def pack(path: str | pathlib.Path) -> Parcel:
     UsageError
         The model's external data lies outside the folder of the model.
     """
-    files = {}
-    for name, file in members(pathlib.Path(path)).items():
-        if pathlib.PurePosixPath(name).is_absolute() or ".." in pathlib.PurePosixPath(name).parts:
+    given = pathlib.Path(path)
+    for name in map(pathlib.PurePosixPath, onnx_io.locations(given) if given.suffix.lower() == ".onnx" else ()):
+        if name.is_absolute() or ".." in name.parts:
             raise UsageError(f"{path}: its external data {name} lies outside its folder and cannot be sent along")
-        if file.is_file():
-            files[name] = file.read_bytes()
-    return Parcel(str(path), files)
+    return Parcel(str(path), {name: file.read_bytes() for name, file in members(given).items() if file.is_file()})
 
 
 @contextmanager
