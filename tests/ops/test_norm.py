@@ -191,6 +191,7 @@ CASES = [
             Case(op, "channels-negative", partial(plain, op, axis=-3), frozen=frozen(op, "mixes its indices")),
             Case(op, "columns", partial(plain, op), PASSES, (6,)),
             Case(op, "rows", partial(plain, op, axis=2), PASSES, (6,)),
+            Case(op, "default-from-thirteen-on", partial(plain, op, 13), PASSES, (6,)),
             Case(op, "old-default", partial(plain, op, 11), frozen=frozen(op, "mixes its indices")),
             Case(op, "old-rows-and-columns", partial(plain, op, 11, axis=2), PASSES, (6,)),
         )
