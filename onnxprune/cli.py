@@ -30,7 +30,7 @@ from onnxprune.files import alone_in, read_toml, require_plain
 from onnxprune.manifest import FILE as MANIFEST
 from onnxprune.manifest import PARTS
 from onnxprune.metrics import METRICS
-from onnxprune.options import COMPENSATE, MEASURED, Options, silent
+from onnxprune.options import COMPENSATE, MEASURED, MOST_CHANNELS, MOST_THREADS, Options, silent
 from onnxprune.options import Progress as RunProgress
 from onnxprune.parameters import Amount, InputShape, Numbers, Time
 from onnxprune.passes.allocate import ALLOCATIONS
@@ -43,8 +43,8 @@ from onnxprune.search import Guard, prune_to_quality
 
 PIPE_WIDTH = 200  # columns; tables are not folded where nobody watches
 LONGEST_MESSAGE = 1000
-CHANNELS: click.IntRange = click.IntRange(1, 1 << 30)
-THREADS: click.IntRange = click.IntRange(1, 4096)
+CHANNELS: click.IntRange = click.IntRange(1, MOST_CHANNELS)
+THREADS: click.IntRange = click.IntRange(1, MOST_THREADS)
 RUNS_CODE = ("trainer", "scheduler")  # one is a command; with the other, pickled objects are exchanged
 TEXTUAL = (click.Path, click.Choice, click.types.StringParamType, InputShape)
 METRIC_NAMES = f"{', '.join(METRICS)}, or your own module:function"

@@ -27,6 +27,9 @@ MEASURED = ("obs", "activation", "wanda")
 """Criteria that rank channels by calibration data."""
 
 COMPENSATE = ("auto", "none", "bias", "least-squares")
+MOST_CHANNELS, MOST_THREADS = 1 << 30, 4096
+"""Largest ``align`` and ``min_channels``, and largest ``threads``."""
+
 STAGES = ("load", "couple", "score", "select", "compensate", "apply", "prove", "save")
 
 
@@ -98,14 +101,21 @@ class Options:
             raise UsageError(f"preset {self.preset!r}: unknown; choose from {', '.join(PRESETS)}")
         if self.attention not in ATTENTION:
             raise UsageError(f"attention {self.attention!r}: unknown; choose from {', '.join(ATTENTION)}")
-        if self.align < 1 or self.min_channels < 1 or not 0 <= self.max_prune <= 1:
-            raise UsageError("align and min_channels are at least 1, max_prune lies between 0 and 1")
+        if not (
+            1 <= self.align <= MOST_CHANNELS and 1 <= self.min_channels <= MOST_CHANNELS and 0 <= self.max_prune <= 1
+        ):
+            raise UsageError(
+                f"align and min_channels lie between 1 and {MOST_CHANNELS}, max_prune between 0 and 1; got {self.align}, "
+                f"{self.min_channels}, {self.max_prune}"
+            )
         if self.seed < 0:
             raise UsageError(f"seed {self.seed}: must be 0 or more")
         if self.profile:
             profiles.load(self.profile)
-        if self.threads < 0:
-            raise UsageError(f"threads {self.threads}: must be 0 (as onnxruntime chooses) or more")
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise UsageError(
+                f"threads {self.threads}: must be 0 (as onnxruntime chooses) or more, up to {MOST_THREADS}"
+            )
         if self.provider:
             runtime.provider_for(self.provider)
         if self.criterion not in ("auto", *MEASURED):

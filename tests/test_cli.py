@@ -19,6 +19,7 @@ from click.testing import Result
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import architectures
+import onnxprune
 from architectures import variants
 from commands import ok, run
 from graphs import Tiny
@@ -740,6 +741,8 @@ def test_nothing_is_a_share_of_nothing(out: Path, tmp_path: Path) -> None:
 def test_numbers_have_a_bound(option: str, value: int, model: Path, out: Path) -> None:
     """What no machine has is exit code 2; what one might have is taken."""
     assert_failed(run(model, out, *QUICK, option, value), 2)
+    with pytest.raises(onnxprune.UsageError):
+        onnxprune.prune(model, target_mac=0.6, **{option[2:].replace("-", "_"): value})
     if option != "--threads":
         assert "internal error" not in run(model, out, *QUICK, option, cli.CHANNELS.max).output
 
