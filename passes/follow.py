@@ -150,19 +150,20 @@ def _becomes_a_shape(model: Model, node: Node) -> bool:
 def unfollowed(coupling: Coupling) -> list[tuple[np.ndarray, Reason]]:
     """Labels whose removal would change values that nothing can correct.
 
-    Trial plans remove channels here and not there: in the first from every group, in the others from half of the groups
-    each, so that for any two groups one trial cuts the one and spares the other. Arithmetic that agrees under all of them
-    follows by itself.
+    Trial plans remove channels here and not there: in the first one unit from every group, in the second any number, in the
+    others that from half of the groups each, so that for any two groups one trial cuts the one and spares the other.
+    Arithmetic that agrees under all of them follows by itself.
     """
     if coupling.model.arithmetic is None:
         return []
     rng = np.random.default_rng(0)
     order = rng.random(coupling.n_classes)
     runs = [bundle.units(order)[: bundle.removable] for bundle in coupling.bundles if bundle.removable]
-    for cut in (range(len(runs)), *_trials(len(runs))) if runs else ():
+    every = range(len(runs))
+    for trial, cut in enumerate((every, every, *_trials(len(runs))) if runs else ()):
         keep = np.ones(coupling.n_classes, bool)
         for number in cut:
-            keep[runs[number][: rng.integers(1, len(runs[number]) + 1)]] = False
+            keep[runs[number][: rng.integers(1, len(runs[number]) + 1) if trial else 1]] = False
         found = _failing(coupling, keep) + _unpinned(coupling, View(coupling, keep))
         if found:
             return found

@@ -403,3 +403,15 @@ def image_of(model: ModelProto) -> dict[str, np.ndarray]:
     dims = model.graph.input[0].type.tensor_type.shape.dim
     shape = [dim.dim_value for dim in dims]
     return {model.graph.input[0].name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+
+
+@pytest.mark.parametrize("outputs", range(3, 13))
+def test_arithmetic_that_is_right_by_chance_freezes(outputs: int) -> None:
+    """A number of parts that is divided out: with one column left of each it comes out as 0, which means "as before"."""
+    t = Tiny()
+    y = t.linear(t.input("n", 5, 4), "a", 4, 12)
+    batch, length = (t.node("Gather", t.node("Shape", y), t.constant(place)) for place in ([0], [2]))
+    shape = t.node("Concat", batch, t.constant([5]), t.node("Div", length, t.constant(4)), t.constant([4]), axis=0)
+    y = t.node("ReduceSum", t.node("Reshape", y, shape), t.constant([2]), keepdims=0)
+    model = t.build(t.linear(y, "z", 4, outputs))
+    assert "computed by arithmetic that would not follow" in str(onnxprune.inspect(model).to_json()["frozen"])
