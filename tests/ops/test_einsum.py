@@ -169,6 +169,12 @@ def test_work_is_the_product_of_all_letters():
     assert macs(attention()) == 2 * 5 * 3 * 4 * 6
 
 
+def test_moving_and_adding_up_cost_nothing():
+    """An Einsum of one operand multiplies nothing."""
+    works = oracle.couple_proto(maps("bchw->bhwc", after=6)).ledger.works
+    assert [work.node.title for work in works] == ["a", "z"]
+
+
 def test_batch_letters_of_computed_tensors_are_heads():
     """Letters that both computed operands and the output have are heads; a weight has none."""
     ledger = oracle.couple_proto(attention()).ledger

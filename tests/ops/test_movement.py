@@ -81,6 +81,14 @@ def unsqueeze(opset: int, axes: Sequence[int]) -> ModelProto:
     return t.build(t.conv(y, "z", 6, 3))
 
 
+def transposed_rows() -> ModelProto:
+    """Add a square of rows to itself across the diagonal: row (i, j) meets row (j, i), and all of them keep the same."""
+    t = Tiny()
+    y = t.node("Reshape", t.gemm(t.input(1, 2), "a", 2, 12), t.constant([2, 2, 3]))
+    y = t.node("Add", y, t.node("Transpose", y, name="op", perm=[1, 0, 2]))
+    return t.build(t.gemm(t.node("Reshape", y, t.constant([1, 12])), "z", 12, 3))
+
+
 def expand(target: Sequence[int], source: str = "pooled") -> ModelProto:
     """Expand pooled maps to full size, or one channel to many."""
 
@@ -214,6 +222,7 @@ CASES = [
     Case("Flatten", "negative-axis", partial(head, axis=-3), ROWS, (4,)),
     Case("Flatten", "one-pixel", partial(head, size=(1, 1)), {"a.w/0": range(4), "a.b/0": range(4), "z.w/0": range(4)},
          (4,)),
+    Case("Transpose", "rows-meet-across", transposed_rows, dict.fromkeys(("a.w/1", "a.b/0", "z.w/0"), [0, 1, 2] * 4), (3,)),
     Case("Squeeze", "axes", partial(squeeze, 17, [2, 3]), FEATURES, (6,)),
     Case("Squeeze", "negative-axes", partial(squeeze, 17, [-1, -2]), FEATURES, (6,)),
     Case("Squeeze", "attribute", partial(squeeze, 11, [2, 3]), FEATURES, (6,)),
