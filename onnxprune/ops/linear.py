@@ -92,8 +92,7 @@ def conv_transpose(node: Node, ledger: Ledger) -> None:
     if groups < 1 or kernel[0] != source[1] or kernel[0] % groups:
         raise Refusal(f"a weight of {list(kernel)} in {groups} groups does not fit {source[1]} channels")
     channels_only(node, ledger, (*x.axes[2:], *w.axes[2:]), "a convolution slides over it")
-    ledger.unify(x.axes[1], w.axes[0])
-    rows, columns = ledger.grid(w.axes[0], groups)
+    rows, columns = ledger.grid(ledger.unify(x.axes[1], w.axes[0]), groups)
     out = each = ledger.per_row(node, 1, 1, rows)
     if groups > 1:
         if not columns:

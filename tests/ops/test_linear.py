@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
+import onnxprune
 import oracle
 from graphs import Tiny, perceptron, sandwich
+from onnxprune.plan import make_plan
 from oracle import Case
 
 INNER = {"a.w/0": range(6), "a.b/0": range(6), "z.w/1": range(6)}
@@ -297,3 +299,19 @@ def test_work_counts_multiply_accumulates(x, w):
     (work,) = oracle.couple_proto(model).ledger.works
     counted = work.factor * np.prod([atom.size for axis in work.axes for atom in axis])
     assert counted == np.prod(w) * np.prod(x[2:])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_transposed_groups_that_are_joined_may_read_one_channel_each(bias):
+    """Down to one channel of every part that is joined, the groups of a transposed convolution keep their own."""
+    t = Tiny()
+    x = t.input(1, 2, 4, 6)
+    y = t.node("Concat", t.conv(x, "a", 2, 2), t.conv(x, "b", 2, 2), axis=1)
+    model = t.build(t.conv(t.conv(y, "g", 4, 6, group=2, transpose=True, bias=bias), "z", 6, 3))
+    coupling = oracle.couple_proto(model)
+    read = next(bundle for bundle in coupling.bundles if len(bundle.groups) == 2)
+    keep = np.ones(coupling.n_classes, bool)
+    keep[read.units(np.arange(coupling.n_classes))[: read.removable]] = False
+    plan = make_plan(coupling, keep)
+    assert onnxprune.apply(model, plan).report.proof.ok
+    assert "g.w" in plan.initializers
