@@ -440,3 +440,15 @@ def test_matrix_columns_are_cut_like_channels():
         return t.node("Concat", t.node("Neg", right), left, axis=-1)
 
     oracle.assert_case_prunes(Case("Split", "rotary", partial(perceptron, middle)))
+
+
+@pytest.mark.parametrize("stored", [5, 7])
+def test_channels_are_padded_by_what_a_quantised_value_stands_for(stored):
+    """A padding value that is dequantised is zero where it is stored as its zero point."""
+    t = Tiny()
+    value = t.node("DequantizeLinear", t.constant(np.int8(stored)), t.constant(np.float32(0.5)), t.constant(np.int8(5)))
+    y = t.conv(t.input(1, 2, 4, 6), "a", 2, 6)
+    y = t.node("Pad", y, t.constant([0, 2, 0, 0, 0, 3, 0, 0]), value, name="op")
+    coupling = oracle.couple_proto(t.build(t.conv(y, "z", 11, 3)))
+    removable = any(bundle.removable for bundle in coupling.bundles)
+    assert removable == (stored == 5)
