@@ -591,3 +591,18 @@ def test_computed_weight_with_zero_points_for_each_channel(read: bool) -> None:
     assert any(tensor.name == "c.w.z" and len(tensor.dims) == 1 for tensor in model.graph.initializer)
     result = oracle.assert_pruned(model)
     assert "c.w.stored" in result.plan.initializers
+
+
+def test_packed_weights_of_batches_say_how_many_outputs_are_left() -> None:
+    """Rows may lie on several axes; the last one counts the outputs."""
+    t = Integers()
+    t.constant(t.rng.integers(0, 256, (8, 4, 8)).astype(np.uint8), "w")
+    t.constant((0.5 + t.rng.random((8, 4))).astype(np.float32), "s")
+    y = t.own(
+        "MatMulNBits", t.linear(t.input(2, 5, 4), "a", 4, 64), "w", "s", name="c", K=64, N=8, bits=4, block_size=16
+    )
+    model = t.build(t.linear(y, "z", 8, 3))
+    node = next(node for node in oracle.assert_pruned(model, 0.6).model.graph.node if node.name == "c")
+    attributes = {a.name: a.i for a in node.attribute}
+    assert attributes["N"] < 8
+    assert attributes["K"] <= 64

@@ -182,6 +182,8 @@ CASES = [
     Case("LpNormalization", "channels-l1", partial(plain, "LpNormalization", axis=-3, p=1), PASSES, (6,),
          zero=("a.w/0", "a.b/0")),
     Case("LpNormalization", "columns", partial(plain, "LpNormalization"), PASSES, (6,)),
+    Case("LpNormalization", "positions", partial(sandwich, lambda t, y: t.node("LpNormalization", y, name="op"), size=(5,)),
+         PASSES, (6,)),
     Case("LRN", "channels", partial(plain, "LRN", size=3), frozen=frozen("LRN", "neighbouring channels")),
     *(
         case

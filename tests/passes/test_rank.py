@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from onnxprune import pipeline
 from onnxprune.options import Clock, Options
-from onnxprune.passes.allocate import _steps, allocate
+from onnxprune.passes.allocate import _Side, _steps, allocate
 from onnxprune.passes.calibrate import calibrate
 from onnxprune.passes.rank import RIDGE, by_activation, rank
 from onnxprune.passes.score import score
@@ -123,3 +123,18 @@ def test_few_units_are_offered_one_by_one(case) -> None:
     """Allocation may stop after any unit of a bundle that has few."""
     _, _, _, rankings = case
     assert [_steps(ranking) for ranking in rankings] == [[*range(ranking.bundle.removable + 1)] for ranking in rankings]
+
+
+def test_price_is_error_over_shares_of_all_costs_saved(case) -> None:
+    """What a step saves of several costs counts as shares of each in the original."""
+    loaded, _, _, rankings = case
+    cost, every = loaded.cost, np.ones(loaded.coupling.n_classes, bool)
+    counts = cost.counts(every)
+    whole = {kind: cost.total(kind, counts) for kind in ("mac", "params")}
+    for ranking in rankings:
+        side = _Side(cost, ranking, 1.0, _steps(ranking))
+        side.judge(counts, whole)
+        keep = every.copy()
+        keep[ranking.units[0]] = False
+        saved = sum(1 - cost.total(kind, cost.counts(keep)) / total for kind, total in whole.items())
+        assert side.price == pytest.approx(ranking.errors[0] / saved)
