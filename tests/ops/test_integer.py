@@ -606,3 +606,17 @@ def test_packed_weights_of_batches_say_how_many_outputs_are_left() -> None:
     node = next(node for node in pruned.graph.node if node.name == "c")
     left = next(tensor.dims[0] for tensor in pruned.graph.initializer if tensor.name == "w")
     assert next(a.i for a in node.attribute if a.name == "N") == left < 8
+
+
+def test_past_of_quantised_attention_keeps_its_heads() -> None:
+    """Keys and values of former tokens that come from outside meet those of the weight: these stay, its inputs may go."""
+    t = Integers()
+    y = t.node("Add", t.linear(t.input(2, 5, 4), "a", 4, 6), t.random(6, name="a.b"))
+    q, q_scale, q_zero = t.enter(y, 0.02, 120, "q")
+    weight, scale, zero = t.weight(6, 24, name="c.w", per=None)
+    past = t.input(2, 2, 2, 3, 4, name="past")
+    operands = (q, weight, t.random(24, name="c.b"), q_scale, scale, "", q_zero, zero, past)
+    y, present = t.own("QAttention", *operands, name="c", num_heads=2, outputs=2)
+    slices = oracle.assert_pruned(t.build(t.linear(y, "z", 8, 3), present), 0.9).plan.initializers
+    assert slices.keys() >= {"a.w", "c.w"}
+    assert 1 not in slices["c.w"]
