@@ -85,12 +85,12 @@ def product_of_two(op: str = "QLinearMatMul") -> ModelProto:
     return t.build(t.node(op, *p, *q, *t.point(0.3, 120, "c"), name="c"))
 
 
-def zero_points_of_rows() -> ModelProto:
+def zero_points_of_rows(rows: int) -> ModelProto:
     """Multiply rows with zero points of their own."""
     t = Integers()
-    y = t.qmatmul(t.enter(t.input(5, 4), 0.02, 128, "x"), "a", (4, 6))
-    zeros = t.constant(np.full(5, 120, np.uint8), "zeros")
-    scales = t.constant(np.full(5, 0.3, np.float32), "scales")
+    y = t.qmatmul(t.enter(t.input(rows, 4), 0.02, 128, "x"), "a", (4, 6))
+    zeros = t.constant(np.full(rows, 120, np.uint8), "zeros")
+    scales = t.constant(np.full(rows, 0.3, np.float32), "scales")
     weight = t.weight(6, 3, name="z.w")
     return t.build(t.node("QLinearMatMul", y[0], scales, zeros, *weight, *t.point(0.3, 120, "z"), name="z"))
 
@@ -439,7 +439,8 @@ def by_hand(model: ModelProto, slices, x: np.ndarray, *, bias: bool) -> np.ndarr
     return (y @ values["z.w"]).astype(np.float32)
 
 
-def test_zero_points_of_rows_are_refused() -> None:
+@pytest.mark.parametrize("rows", [2, 5])
+def test_zero_points_of_rows_are_refused(rows: int) -> None:
     """A zero point for every row freezes the product and says so; onnxruntime could not run it either."""
     from onnxprune.labels import Ledger, Refusal  # noqa: PLC0415
     from onnxprune.model import Model, Node  # noqa: PLC0415
