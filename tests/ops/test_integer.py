@@ -85,16 +85,6 @@ def product_of_two(op: str = "QLinearMatMul") -> ModelProto:
     return t.build(t.node(op, *p, *q, *t.point(0.3, 120, "c"), name="c"))
 
 
-def zero_points_of_rows(rows: int) -> ModelProto:
-    """Multiply rows with zero points of their own."""
-    t = Integers()
-    y = t.qmatmul(t.enter(t.input(rows, 4), 0.02, 128, "x"), "a", (4, 6))
-    zeros = t.constant(np.full(rows, 120, np.uint8), "zeros")
-    scales = t.constant(np.full(rows, 0.3, np.float32), "scales")
-    weight = t.weight(6, 3, name="z.w")
-    return t.build(t.node("QLinearMatMul", y[0], scales, zeros, *weight, *t.point(0.3, 120, "z"), name="z"))
-
-
 def matmul_integer(per: int | None = None, *, dynamic: bool = False) -> ModelProto:
     """Multiply to 32 bits and scale the sums, of a tensor that is quantised on the way (``dynamic``) or by constants."""
 
@@ -446,9 +436,9 @@ def test_zero_points_of_rows_are_refused(rows: int) -> None:
     from onnxprune.model import Model, Node  # noqa: PLC0415
     from onnxprune.ops.integer import integer_product  # noqa: PLC0415
 
-    shapes = {"x": (5, 6), "w": (6, 3), "rows": (5,), "y": (5, 3)}
+    shapes = {"x": (rows, 6), "w": (6, 3), "rows": (rows,), "y": (rows, 3)}
     node = Node("p", "MatMulInteger", "", ("x", "w", "rows"), ("y",), {})
-    model = Model((node,), {}, {}, {"x": (5, 6)}, ("y",), shapes, 21)
+    model = Model((node,), {}, {}, {"x": (rows, 6)}, ("y",), shapes, 21)
     with pytest.raises(Refusal, match="for each row"):
         integer_product(node, Ledger(model))
 
