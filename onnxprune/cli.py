@@ -540,7 +540,8 @@ def _check_writes(given: dict[str, Any]) -> None:
     }
     targets = [path for path in _paths(named, OUTPUTS) if path != "-"]
     # Data can be overwritten where a file is there, or beside OUT, and only then is a model worth reading twice.
-    at_risk = len(targets) > 1 or any(pathlib.Path(path).is_file() for path in targets)
+    beside = named.get("out") and len(targets) > 1
+    at_risk = beside or any(pathlib.Path(path).is_file() for path in targets)
     data = _data_of(_paths(named, MODELS)) if at_risk else {}
     twins = (
         {pathlib.Path(named["out"]).parent.resolve() / name for name in data.values()} if named.get("out") else set()
