@@ -209,10 +209,23 @@ def masked_nodes(
                 out.append(helper.make_node("Mul", [f"{name}/keep", source], [name]))
             else:
                 out += _zero(coupling, proto, c, f"{name}/zero", np.zeros((), dtype), constants)
-                out.append(helper.make_node("Where", [f"{name}/keep", source, f"{name}/zero"], [name]))
+                out += _where(f"{name}/keep", source, f"{name}/zero", name, dtype)
             copy.input[c.input] = name
         out.append(copy)
     return out, constants
+
+
+def _where(keep: str, source: str, zero: str, name: str, dtype: np.dtype) -> list[onnx.NodeProto]:
+    """Select; narrow integers by way of 32 bits, because onnxruntime 1.24 has no kernel that selects them."""
+    if dtype not in (np.int8, np.int16, np.uint16):
+        return [helper.make_node("Where", [keep, source, zero], [name])]
+    wide = [f"{name}/wide{i}" for i in range(3)]
+    return [
+        helper.make_node("Cast", [source], wide[:1], to=TensorProto.INT32),
+        helper.make_node("Cast", [zero], wide[1:2], to=TensorProto.INT32),
+        helper.make_node("Where", [keep, *wide[:2]], wide[2:]),
+        helper.make_node("Cast", wide[2:], [name], to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype))),
+    ]
 
 
 def _zero(
