@@ -6,6 +6,7 @@ import asyncio
 import logging
 import multiprocessing
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,14 +77,38 @@ def _processes(
     joblib = _joblib()
     with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, max_nbytes=None)
-        with _interrupts_held():
+        with _interrupts_held(), _quiet_tracker():
             results = parallel(joblib.delayed(_numbered)(function, number, call) for number, call in calls)
     try:
-        yield from results
+        while True:
+            with _quiet():  # an interruption may find joblib inside of next()
+                try:
+                    result = next(results)
+                except StopIteration:
+                    return
+            yield result
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that work was thrown away is what an interruption means
+        with _quiet():
             results.close()  # stops the processes where not all results were taken
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep joblib from warning that work was thrown away, which is what an interruption means."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _quiet_tracker() -> Iterator[None]:
+    """Keep the process that frees what killed processes held from warning of it, after this one's last line."""
+    before = sys.warnoptions[:]
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # is passed on to processes that are started
+    try:
+        yield
+    finally:
+        sys.warnoptions[:] = before
 
 
 @contextmanager
@@ -100,8 +125,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _joblib() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # without semaphores it says so once imported, even where it only counts cores
+    with _quiet():  # without semaphores it says so once imported, even where it only counts cores
         import joblib  # noqa: PLC0415 (only sweeps need it)
 
     return joblib
