@@ -25,6 +25,9 @@ from onnxprune.slices import Slices, sliced_shape, take
 SMALL = 1024
 """Bytes of a tensor below which it belongs into the model's own file: shapes, bounds, scales."""
 
+MAX_SHOWN = 200
+"""Characters of a place that an error quotes."""
+
 CHUNK = 16 << 20
 _VIEW = "view"  # keys of external_data that are never written to a file: what is made of the bytes,
 _STAMP = "stamp"  # and by what a change of the file shows
@@ -176,15 +179,16 @@ def locations(model: onnx.ModelProto) -> set[str]:
 def inside(folder: pathlib.Path, location: str) -> pathlib.Path:
     """The file that a location names, if it is a plain file within ``folder``; :class:`ModelError` where it is none."""
     named = pathlib.PurePosixPath(location.replace("\\", "/"))
+    shown = repr(location if len(location) < MAX_SHOWN else f"{location[:MAX_SHOWN]} ...")
     whole = folder.resolve()
     try:
         file = (whole / location).resolve(strict=True)
     except FileNotFoundError as error:
         raise ModelError(f"{location}: no such file beside the model") from error
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names that are too long or hold a NUL
-        raise ModelError(f"{location!r} is not a file within the folder of the model") from error
+        raise ModelError(f"{shown} is not a file within the folder of the model") from error
     if not location or named.is_absolute() or ".." in named.parts or not file.is_relative_to(whole):
-        raise ModelError(f"{location!r} is not a file within the folder of the model")
+        raise ModelError(f"{shown} is not a file within the folder of the model")
     if not file.is_file():
         raise ModelError(f"{location} is not a plain file")
     return file

@@ -123,6 +123,8 @@ def _require_fit(node: onnx.NodeProto, versions: dict[str, int]) -> None:
             raise ValueError(f"lacks its input {formal.name}")
     if schema.inputs and schema.inputs[-1].option.name == "Variadic" and "" in node.input[len(schema.inputs) - 1 :]:
         raise ValueError(f"lacks one of its inputs {schema.inputs[-1].name}")
+    if node.op_type == "Split" and any(a.name == "num_outputs" and a.i < len(node.output) for a in node.attribute):
+        raise ValueError(f"has {len(node.output)} outputs, and num_outputs is less")  # onnx's inference would abort
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in names:
             raise ValueError(f"lacks its attribute {name}")

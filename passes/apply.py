@@ -186,7 +186,8 @@ def _drop_dead(graph: onnx.GraphProto, coupling: Coupling, keep: np.ndarray, pla
 
     def shrank(name: str) -> bool:
         known = name in coupling.ledger.layouts
-        return name in gone or name in plan.initializers or (known and view.after(name) != view.before(name))
+        sliced = coupling.model.aliases.get(name, name) in plan.initializers
+        return name in gone or sliced or (known and view.after(name) != view.before(name))
 
     def drop(graph: onnx.GraphProto) -> None:
         dead = []

@@ -570,7 +570,7 @@ def pointing(path: Path, **facts: object) -> Path:
         pytest.param("", "not a file within the folder", id="nowhere"),
         pytest.param("gone.bin", "no such file", id="missing"),
         pytest.param("circle.bin", "not a file within the folder", id="links_in_a_circle"),
-        pytest.param("a" * 300, "not a file within the folder", id="long"),
+        pytest.param("a" * 5000, "not a file within the folder", id="long"),
     ],
 )
 def test_unsafe_location_is_refused(source: Path, tmp_path: Path, location: str, words: str) -> None:
@@ -580,8 +580,9 @@ def test_unsafe_location_is_refused(source: Path, tmp_path: Path, location: str,
     (source.parent / "circle.bin").symlink_to("circle.bin")
     os.mkfifo(source.parent / "pipe")
     pointing(source, location=location.format(root=tmp_path))
-    with pytest.raises(onnxprune.ModelError, match=words):
+    with pytest.raises(onnxprune.ModelError, match=words) as caught:
         onnx_io.load(source)
+    assert len(str(caught.value)) < 1000
     refused = run("inspect", source)
     assert refused.exit_code == 3
     assert "in.onnx: its external data cannot be read" in refused.output

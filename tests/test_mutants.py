@@ -449,6 +449,26 @@ def test_dead_nodes_in_any_order() -> None:
     assert {node.name for node in result.model.graph.node} == {"a", "r", "z"}
 
 
+def test_dead_nodes_that_read_what_shrinks_by_another_name() -> None:
+    """A bias has a second name by an Identity, and a node that nobody reads adds it to what stays: it goes."""
+    t = Tiny()
+    bias = t.node("Identity", t.random(6, name="a.b"), name="i")
+    a = t.node("Conv", t.input(1, 2, 4, 6), t.random(6, 2, 3, 3, name="a.w"), bias, name="a", pads=[1] * 4)
+    t.node("Add", bias, t.random(6, name="whole"), name="dead")
+    result = onnxprune.prune(t.build(t.conv(t.node("Relu", a, name="r"), "z", 6, 3)), target_mac=0.6)
+    assert {node.name for node in result.model.graph.node} == {"i", "a", "r", "z"}
+
+
+@pytest.mark.parametrize("n_parts", [-1, 0, 1])
+def test_parts_of_a_split_that_are_not_there(n_parts: int) -> None:
+    """Fewer parts than outputs would end the process within onnx's shape inference."""
+    t = Tiny(opset=18)
+    first, second = t.node("Split", t.input(1, 4, 4, 6), axis=1, num_outputs=2, name="s", outputs=2)
+    model = t.build(t.conv(t.node("Add", first, second), "z", 2, 3))
+    next(a for a in model.graph.node[0].attribute if a.name == "num_outputs").i = n_parts
+    refused(model, "Split s has 2 outputs, and num_outputs is less")
+
+
 def test_model_that_does_not_run_is_to_blame_itself() -> None:
     """Two nodes of one name are refused by onnxruntime: that is said of the model, not of what pruning made of it."""
     model = convolutions()
