@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper, shape_inference
 from onnxprune import runtime
 from onnxprune.errors import ModelError
 from onnxprune.model import Constant, Node, Shape
-from onnxprune.protos import is_float
+from onnxprune.protos import every_node, is_float
 
 SMALL = 4096  # elements: integer constants up to this size stay readable to shape inference and shape arithmetic
 FEW = 8  # elements: floating-point constants up to this size (scales of a Resize) inference may read
@@ -29,6 +29,10 @@ _NEVER_STATIC = frozenset((
     "Bernoulli", "Multinomial", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear",
 ))
 # fmt: on
+_CRASHING = frozenset(("EyeLike", "RegexFullMatch", "LabelEncoder", "DictVectorizer", "TreeEnsemble"))
+"""Where onnx does not know the type of what these read, its inference ends the process (seen with onnx 1.23.2)."""
+
+_UNKNOWN = "onnxprune.unknown"
 
 
 def infer(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int]]:
@@ -39,13 +43,14 @@ def infer(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int]]:
 
 def infer_strictly(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int], str]:
     """As :func:`infer`, and where the graph contradicts itself: shapes that do not go together."""
-    problem = ""
+    problem, model = "", _without_crashes(model)
     try:
-        inferred = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        # Without data_prop, which takes memory for each element that a vector is declared to have; Completion computes.
+        inferred = shape_inference.infer_shapes(model, strict_mode=True)
     except _INFERENCE as error:
         problem = str(error)
         try:
-            inferred = shape_inference.infer_shapes(model, data_prop=True)
+            inferred = shape_inference.infer_shapes(model)
         except _INFERENCE:
             inferred = model
     shapes, types = {}, {}
@@ -56,6 +61,19 @@ def infer_strictly(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, 
             if all(dim.HasField("dim_value") for dim in dims):
                 shapes[value.name] = tuple(dim.dim_value for dim in dims)
     return shapes, types, problem
+
+
+def _without_crashes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Hide from inference what may end the process; return the model itself where there is nothing of that."""
+    if not any(node.op_type in _CRASHING for node in every_node(model.graph)):
+        return model
+    hidden = onnx.ModelProto()
+    hidden.CopyFrom(model)
+    hidden.opset_import.append(helper.make_opsetid(_UNKNOWN, 1))
+    for node in every_node(hidden.graph):
+        if node.op_type in _CRASHING:
+            node.domain = _UNKNOWN
+    return hidden
 
 
 def _counts(constant: Constant) -> bool:

@@ -123,8 +123,7 @@ def _require_fit(node: onnx.NodeProto, versions: dict[str, int]) -> None:
             raise ValueError(f"lacks its input {formal.name}")
     if schema.inputs and schema.inputs[-1].option.name == "Variadic" and "" in node.input[len(schema.inputs) - 1 :]:
         raise ValueError(f"lacks one of its inputs {schema.inputs[-1].name}")
-    if node.op_type == "Split" and any(a.name == "num_outputs" and a.i < len(node.output) for a in node.attribute):
-        raise ValueError(f"has {len(node.output)} outputs, and num_outputs is less")  # onnx's inference would abort
+    _require_no_crash(node)
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in names:
             raise ValueError(f"lacks its attribute {name}")
@@ -137,6 +136,15 @@ def _require_fit(node: onnx.NodeProto, versions: dict[str, int]) -> None:
             raise ValueError(
                 f"has an attribute {attribute.name} of type {attribute.type}, not {kinds.Name(int(wanted.type))}"
             )
+
+
+def _require_no_crash(node: onnx.NodeProto) -> None:
+    """Raise ValueError for numbers which no operator has, and by which onnx's shape inference would end the process."""
+    numbers = {attribute.name: attribute.i for attribute in node.attribute}
+    if node.op_type == "Split" and numbers.get("num_outputs", len(node.output)) < len(node.output):
+        raise ValueError(f"has {len(node.output)} outputs, and num_outputs is less")
+    if node.op_type == "GatherND" and numbers.get("batch_dims", 0) < 0:
+        raise ValueError(f"has a batch_dims of {numbers['batch_dims']}")
 
 
 def _require_bodies(node: onnx.NodeProto) -> None:

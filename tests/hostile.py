@@ -162,6 +162,13 @@ def wide_input() -> ModelProto:
     return build([node("Relu", "c", "y")], shape=[1, 2, 1 << 30, 1 << 30])
 
 
+def long_vector(length: int) -> ModelProto:
+    """An input of many integers, as a shape might be."""
+    model = build([node("Cast", "v", "i", to=TensorProto.INT64), node("Expand", "c i", "y")])
+    model.graph.input.append(helper.make_tensor_value_info("v", TensorProto.INT64, [length]))
+    return model
+
+
 def looped(trips: int = 1 << 60) -> ModelProto:
     """A Loop of 2**60 trips with a trivial body."""
     body = helper.make_graph(
@@ -291,6 +298,7 @@ MODELS: dict[str, Callable[[], ModelProto | bytes]] = {
     "resized": resized,
     "flattened": flattened,
     "wide_input": wide_input,
+    "long_vector": lambda: long_vector(1 << 62),
     "looped": looped,
     "nested_25": lambda: nested(25),
     "nested_60": lambda: nested(60),

@@ -469,6 +469,28 @@ def test_parts_of_a_split_that_are_not_there(n_parts: int) -> None:
     refused(model, "Split s has 2 outputs, and num_outputs is less")
 
 
+def test_batch_axes_below_none() -> None:
+    """Such a number would end the process within onnx's shape inference."""
+    t = Tiny()
+    y = t.node("GatherND", t.input(1, 2, 4, 6), t.constant(np.array([[0]])), batch_dims=0, name="g")
+    model = t.build(t.conv(y, "z", 2, 3))
+    model.graph.node[0].attribute[0].i = -7
+    refused(model, "GatherND g has a batch_dims of -7")
+
+
+@pytest.mark.parametrize("op", ["EyeLike", "RegexFullMatch", "ai.onnx.ml.LabelEncoder", "ai.onnx.ml.DictVectorizer"])
+def test_types_that_nobody_knows(op: str) -> None:
+    """Operators whose shape inference ends the process where it does not know what they read: the model is refused."""
+    domain, _, op = op.rpartition(".")
+    t = Tiny(opset=20, domains=["nobody", *filter(None, [domain])])
+    model = t.build(t.conv(t.node("Relu", t.conv(t.input(1, 2, 4, 6), "a", 2, 4)), "z", 4, 3))
+    known = {"LabelEncoder": {"keys_strings": ["a"], "values_int64s": [1]}, "DictVectorizer": {"int64_vocabulary": [1]}}
+    model.graph.node.append(helper.make_node("Unknown", ["x"], ["u"], domain="nobody"))
+    model.graph.node.append(helper.make_node(op, ["u"], ["e"], domain=domain, name="e", **known.get(op, {})))
+    model.graph.output.append(helper.make_tensor_value_info("e", TensorProto.FLOAT, None))
+    refused(model)
+
+
 def test_model_that_does_not_run_is_to_blame_itself() -> None:
     """Two nodes of one name are refused by onnxruntime: that is said of the model, not of what pruning made of it."""
     model = convolutions()
