@@ -14,6 +14,7 @@ from onnxprune.errors import ModelError
 from onnxprune.protos import bodies, every_node
 
 STANDARD = ("", "ai.onnx")
+MANY_AXES = 1 << 16
 
 
 def require_valid(model: onnx.ModelProto) -> None:
@@ -145,6 +146,8 @@ def _require_no_crash(node: onnx.NodeProto) -> None:
         raise ValueError(f"has {len(node.output)} outputs, and num_outputs is less")
     if node.op_type == "GatherND" and numbers.get("batch_dims", 0) < 0:
         raise ValueError(f"has a batch_dims of {numbers['batch_dims']}")
+    if not -MANY_AXES < numbers.get("axis", 0) < MANY_AXES:
+        raise ValueError(f"has an axis of {numbers['axis']}")
 
 
 def _require_bodies(node: onnx.NodeProto) -> None:

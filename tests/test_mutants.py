@@ -469,6 +469,16 @@ def test_parts_of_a_split_that_are_not_there(n_parts: int) -> None:
     refused(model, "Split s has 2 outputs, and num_outputs is less")
 
 
+def test_axis_beyond_32_bits() -> None:
+    """Such a number, cut to 32 bits, would end the process within onnx's shape inference."""
+    t = Tiny()
+    inputs = [t.input(1, 2, 4, 6), t.random(2, 4, 6, name="scale")]
+    y, mean, _ = t.node("LayerNormalization", *inputs, axis=1, name="l", outputs=3)
+    model = t.build(t.conv(t.node("Add", y, mean), "z", 2, 3))
+    model.graph.node[0].attribute[0].i = 1 << 31
+    refused(model, "LayerNormalization l has an axis of 2147483648")
+
+
 def test_batch_axes_below_none() -> None:
     """Such a number would end the process within onnx's shape inference."""
     t = Tiny()
