@@ -142,8 +142,8 @@ def _require_fit(node: onnx.NodeProto, versions: dict[str, int]) -> None:
 def _require_no_crash(node: onnx.NodeProto) -> None:
     """Raise ValueError for numbers which no operator has, and by which onnx's shape inference would end the process."""
     numbers = {attribute.name: attribute.i for attribute in node.attribute}
-    if node.op_type == "Split" and numbers.get("num_outputs", len(node.output)) < len(node.output):
-        raise ValueError(f"has {len(node.output)} outputs, and num_outputs is less")
+    if node.op_type == "Split" and numbers.get("num_outputs", len(node.output)) != len(node.output):
+        raise ValueError(f"has {len(node.output)} outputs, and its num_outputs is {numbers['num_outputs']}")
     if node.op_type == "GatherND" and numbers.get("batch_dims", 0) < 0:
         raise ValueError(f"has a batch_dims of {numbers['batch_dims']}")
     if not -MANY_AXES < numbers.get("axis", 0) < MANY_AXES:

@@ -349,6 +349,6 @@ def random_entries(
             value = rng.uniform(0.05, 0.95, shape)
         else:
             noise = rng.standard_normal(shape, np.float32)
-            value = (noise + 0.25, np.abs(noise) + 0.5, noise, np.abs(noise) + 1)[draw]
+            value = (np.abs(noise) if draw else noise) + (0.25, 0.5, 0, 1)[draw]
         values[name] = crossing(np.asarray(value, dtype), kind)  # numpy turns operations on shape () into scalars
     return values

@@ -231,6 +231,8 @@ def group_query_attention(node: Node, ledger: Ledger) -> None:
         _in_multiples(ledger, tables[0], 8)
         if rotated < size:
             _in_multiples(ledger, ledger.take(k[3], np.arange(rotated, size)), 16)
+    elif node.has(7):  # tables that are not used, to which the columns are compared all the same
+        _stay(ledger, q[3], k[3], v[3])
     else:
         _in_multiples(ledger, k[3], 8)
     _equally_many(ledger, k[3], v[3])

@@ -236,10 +236,10 @@ def grouped(
         "scale": lambda: t.constant(np.ones(1, np.float32)),
     }
     operands = [*tables, *(more[name]() if name else "" for name in extra)]
+    given = {"do_rotary": int(rotated > 0)} | attributes
     y = t.fused(
-        "GroupQueryAttention", *parts, *cache, *lengths, *operands, num_heads=4, kv_num_heads=2, do_rotary=int(rotated > 0),
-        outputs=3, **attributes,
-    )  # fmt: skip
+        "GroupQueryAttention", *parts, *cache, *lengths, *operands, num_heads=4, kv_num_heads=2, outputs=3, **given
+    )
     y = t.linear(y[0], "z", 4 * size, 3)
     return t.build(y, "op.1", "op.2") if past else t.build(y)
 
@@ -416,6 +416,11 @@ FUSED = [
         {n: [*EIGHTS["q.w/1"], *range(64)] for n in ("q.w/1", "q.b/0")} | {"z.w/0": EIGHTS["z.w/0"]}, (2,), zero=ZERO[:2],
     ),
     grouped_case("rotary", partial(grouped, 32, rotated=32), TURNED | TABLES, (2,), zero=ZERO),
+    grouped_case(
+        "unused-tables", partial(grouped, 32, rotated=32, do_rotary=0),
+        dict.fromkeys(("q.w/1", "q.b/0", "z.w/0"), np.repeat(np.arange(4), 32)), (2,),
+        frozen={"k.w/1": ("", "Reshape", OTHER)}, zero=("q.w/1", "q.b/0"),
+    ),
     grouped_case(
         "interleaved", partial(grouped, 32, rotated=32, rotary_interleaved=1, scale=0.2),
         TURNED | TABLES | dict.fromkeys(("q.w/1", "q.b/0"), [*PAIRS] * 4) | dict.fromkeys(("k.w/1", "k.b/0"), [*PAIRS] * 2),
