@@ -86,16 +86,19 @@ def _places(value: np.ndarray, kind: int) -> np.ndarray:
 
 
 def relative_error(have: np.ndarray, want: np.ndarray) -> tuple[float, float]:
-    """Largest difference over the spread of ``want``, and that spread. NaN anywhere gives NaN, which is below nothing."""
+    """Largest difference over the spread of ``want``, and that spread. NaN anywhere gives NaN, which is below nothing.
+
+    Both arrays are used up.
+    """
     endless = np.isinf(want)  # attention masks hold -inf: equal where both do, and no measure of spread
-    if not np.array_equal(have[endless], want[endless]):
-        return np.inf, 0.0
-    want[endless] = have[endless] = 0
+    if endless.any():
+        if not np.array_equal(have[endless], want[endless]):
+            return np.inf, 0.0
+        want[endless] = have[endless] = 0
+    difference, largest = _largest(np.subtract(have, want, out=have)), _largest(want)
     spread = _spread(want)
-    difference = float(np.abs(have - want).max())
     if np.isnan(difference):
         return difference, spread
-    largest = float(np.abs(want).max())
     if want.size < FEW:  # a few numbers may lie close together by chance
         spread = max(spread, 0.1 * largest)
     if spread <= 1e-6 * largest:  # constant but for rounding: it must agree, and proves nothing
@@ -103,10 +106,16 @@ def relative_error(have: np.ndarray, want: np.ndarray) -> tuple[float, float]:
     return (difference / spread if spread else 0.0 if difference == 0 else np.inf), spread
 
 
+def _largest(value: np.ndarray) -> float:
+    return float(max(value.max(), -value.min()))
+
+
 def _spread(value: np.ndarray) -> float:
-    """Standard deviation of a tensor after its per-channel (axis 1) mean is removed."""
+    """Standard deviation of a tensor after its per-channel (axis 1) mean is removed, in place."""
+    if value.size == 1:
+        return _largest(value)
     if value.ndim > 2 and value.size > value.shape[1]:
-        value = value - value.mean(tuple(a for a in range(value.ndim) if a != 1), keepdims=True)
-    elif value.size > 1:
-        value = value - value.mean()
-    return float(np.sqrt(np.mean(value**2))) if value.size > 1 else float(np.abs(value).max())
+        value -= value.mean(tuple(a for a in range(value.ndim) if a != 1), keepdims=True)
+    else:
+        value -= value.mean()
+    return float(np.sqrt(np.vdot(value, value) / value.size))
