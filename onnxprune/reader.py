@@ -41,6 +41,7 @@ def read(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | Non
     constants = _constants(model)
     declared = _declared_inputs(model, constants)
     shapes, notes = _input_shapes(model, declared, input_shapes or {})
+    _refuse_giants(shapes)
     skeleton = _skeleton(model, constants, shapes)
     known, types, contradiction = shape_search.infer_strictly(skeleton)
     _refuse_giants(known)

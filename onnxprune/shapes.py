@@ -29,8 +29,13 @@ _NEVER_STATIC = frozenset((
     "Bernoulli", "Multinomial", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear",
 ))
 # fmt: on
-_CRASHING = frozenset(("EyeLike", "RegexFullMatch", "LabelEncoder", "DictVectorizer", "TreeEnsemble"))
-"""Where onnx does not know the type of what these read, its inference ends the process (seen with onnx 1.23.2)."""
+_CRASHING = frozenset(
+    ("EyeLike", "OneHot", "OneHotEncoder", "RegexFullMatch", "LabelEncoder", "DictVectorizer", "TreeEnsemble")
+)
+"""On which onnx's inference may end the process: it trusts that what they read has a type, or elements.
+
+``tools/inference.py`` finds them.
+"""
 
 _UNKNOWN = "onnxprune.unknown"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -561,6 +562,18 @@ def test_few_models_of_onnx_prune_or_are_refused() -> None:
     )
     *_, total = tool("onnx_models.py", *few).splitlines()
     assert int(total.split()[0]) >= 30, total
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the tool forks, which this system cannot")
+def test_few_nodes_end_shape_inference() -> None:
+    """Nodes of operators on which onnx's shape inference would end the process do not reach it."""
+    few = [
+        word
+        for op in ("EyeLike", "OneHot", "RegexFullMatch", "LabelEncoder", "GatherND", "Split")
+        for word in ("--only", op)
+    ]
+    *_, total = tool("inference.py", *few).splitlines()
+    assert total.endswith("100 nodes each: 0 end the process"), total
 
 
 @pytest.mark.slow
