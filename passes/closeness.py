@@ -111,11 +111,11 @@ def _largest(value: np.ndarray) -> float:
 
 
 def _spread(value: np.ndarray) -> float:
-    """Standard deviation of a tensor after its per-channel (axis 1) mean is removed, in place."""
+    """Standard deviation of a tensor after its per-channel (axis 1) mean is removed; the array is used up."""
     if value.size == 1:
         return _largest(value)
     if value.ndim > 2 and value.size > value.shape[1]:
         value -= value.mean(tuple(a for a in range(value.ndim) if a != 1), keepdims=True)
     else:
         value -= value.mean()
-    return float(np.sqrt(np.vdot(value, value) / value.size))
+    return float(np.sqrt(np.mean(np.square(value, out=value))))  # BLAS would sum by threads
