@@ -71,7 +71,7 @@ def apply(model: onnx.ModelProto, coupling: Coupling, plan: Plan, keep: np.ndarr
 
     edit(model.graph, pruned.graph)
     _drop_dead(pruned.graph, coupling, keep, plan)
-    _drop_unread(model.graph, pruned.graph)
+    _drop_unread(model, pruned.graph)
     if model.ir_version < 4:
         list_as_inputs(model.graph, pruned.graph)
     _update_shapes(pruned.graph, coupling, keep)
@@ -220,12 +220,15 @@ def _drop_results(node: onnx.NodeProto, gone: set[str]) -> list[str]:
     return names
 
 
-def _drop_unread(original: onnx.GraphProto, graph: onnx.GraphProto) -> None:
-    """Remove what only fed operands that have been replaced; what nobody read in the original stays."""
-    outputs = {output.name for output in graph.output}
-    read_before = {name for node in original.node for name in reads(node)}
+def _drop_unread(original: onnx.ModelProto, graph: onnx.GraphProto) -> None:
+    """Remove what only fed operands that have been replaced; what nobody read in the original stays, and so do inputs.
+
+    Before IR version 4 an initializer must be listed as an input, and means nothing by it.
+    """
+    stays = {value.name for value in (*graph.output, *(graph.input if original.ir_version >= 4 else ()))}
+    read_before = {name for node in original.graph.node for name in reads(node)}
     while True:
-        unread = read_before - {name for node in graph.node for name in reads(node)} - outputs
+        unread = read_before - {name for node in graph.node for name in reads(node)} - stays
         nodes = [i for i, node in enumerate(graph.node) if unread.issuperset(filter(None, node.output))]
         tensors = [i for i, tensor in enumerate(graph.initializer) if tensor.name in unread]
         for index in reversed(nodes):

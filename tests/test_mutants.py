@@ -450,6 +450,19 @@ def test_dead_nodes_in_any_order() -> None:
     assert {node.name for node in result.model.graph.node} == {"a", "r", "z"}
 
 
+def test_constant_that_may_be_given_stays() -> None:
+    """An initializer that is listed as an input keeps its value, though the node that read it goes."""
+    model = convolutions()
+    model.graph.initializer.append(numpy_helper.from_array(np.array(2), "two"))
+    model.graph.input.append(helper.make_tensor_value_info("two", TensorProto.INT64, []))
+    model.graph.node.append(helper.make_node("Shape", ["r"], ["sizes"], name="s"))
+    model.graph.node.append(helper.make_node("Div", ["sizes", "two"], ["dead"], name="d"))
+    result = onnxprune.prune(model, target_mac=0.6)
+    assert {node.name for node in result.model.graph.node} == {"a", "r", "z"}
+    assert {"two"} < {tensor.name for tensor in result.model.graph.initializer}
+    assert [value.name for value in result.model.graph.input] == [value.name for value in model.graph.input]
+
+
 def test_dead_nodes_that_read_what_shrinks_by_another_name() -> None:
     """A bias has a second name by an Identity, and a node that nobody reads adds it to what stays: it goes."""
     t = Tiny()
