@@ -15,6 +15,7 @@ from onnxprune.protos import bodies, every_node
 
 STANDARD = ("", "ai.onnx")
 MANY_AXES = 1 << 16
+"""Axes that no tensor has."""
 
 
 def require_valid(model: onnx.ModelProto) -> None:
